@@ -1,0 +1,63 @@
+# Every command of the project; `make` alone lists them. Each starts from nothing: Rust, Python 3.11 or newer and a C++
+# compiler are all that is assumed. Logic is in .ci/.
+
+PYTHON_SOURCES := $(wildcard torchscript/*.py)
+VENV := .venv/bin
+TINY := models/tiny/model_index.json
+MANIFEST := graphs/manifest.json
+LOCK := $(VENV)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-test graphs build run test test-full lint fmt bench lock clean
+
+help: ## List these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: ## Python packages, and the link .libtorch that cargo and the program use
+	@.ci/setup.sh
+
+graphs: $(MANIFEST) ## The default model and its graphs
+
+build: setup ## The release binaries
+	cargo build --release --locked
+
+run: $(MANIFEST) build ## Make a picture from test_input.json
+	target/release/sdxl-worker generate --input test_input.json --output out
+
+test: setup-test lint build $(MANIFEST) ## What CI runs: format, lints, tests
+	cargo test --release --locked
+	$(VENV)/python -m pytest tests
+
+test-full: setup-test build $(MANIFEST) ## All combinations and full-size models: long, and much memory
+	cargo test --release --locked
+	$(VENV)/python -m pytest tests --full
+
+lint: setup ## Format, clippy, and the rules of .ci/check.sh
+	cargo fmt --check
+	cargo clippy --release --locked --all-targets -- -D warnings
+	.ci/check.sh
+
+fmt: ## Format the Rust sources
+	cargo fmt
+
+bench: setup-test build $(MANIFEST) ## Speed and memory beside diffusers, on this machine
+	$(VENV)/python bench/cpu.py
+
+lock: setup ## Pin the Python packages anew, after a change of torchscript/*.in
+	$(LOCK) torchscript/requirements.in -o torchscript/requirements.txt
+	$(LOCK) torchscript/requirements-test.in -c torchscript/requirements.txt -o torchscript/requirements-test.txt
+
+clean: ## Remove what was built and made; .venv and .libtorch stay
+	rm -rf target graphs models/tiny out
+
+setup-test:
+	@.ci/setup.sh test
+
+# The scripts leave what is up to date as it is, so the touch says that they have looked.
+$(TINY): torchscript/tiny_models.py | setup
+	$(VENV)/python torchscript/tiny_models.py --out models/tiny
+	@touch $@
+
+$(MANIFEST): $(TINY) $(PYTHON_SOURCES) | setup
+	$(VENV)/python torchscript/export.py --model models/tiny --dtype float32 --out graphs
+	@touch $@

@@ -1,0 +1,171 @@
+//! The request, valid: what the pipeline gets. Defaults are filled in, numbers lie in their ranges, names are enums; a
+//! field is optional only where absence means something (the model's own, or diffusers' own rule).
+
+use serde_json::{Value, json};
+
+use super::scheduler_kind::SchedulerKind;
+
+/// One valid request for one or several images that differ in their seed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GenerateParams {
+    pub prompt: String,
+    /// Text for the second encoder; `prompt` if absent.
+    pub prompt_2: Option<String>,
+    /// Absent and empty differ: absent may become zeros (`force_zeros_for_empty_prompt`), empty is encoded as a text.
+    pub negative_prompt: Option<String>,
+    pub negative_prompt_2: Option<String>,
+    /// Pixels, a multiple of 8.
+    pub height: u32,
+    /// Pixels, a multiple of 8.
+    pub width: u32,
+    pub num_inference_steps: usize,
+    /// Weight of the prompt against the negative prompt; 1 or less turns guidance off and halves the UNet's batch.
+    pub guidance_scale: f64,
+    pub guidance_rescale: f64,
+    pub eta: f64,
+    /// The first image's; the n-th image has `seed + n`. Together they stay below 2^63.
+    pub seed: u64,
+    pub num_images: u32,
+    /// `None` is the model's own.
+    pub scheduler: Option<SchedulerKind>,
+    /// `None` is the scheduler's own.
+    pub sigma_schedule: Option<SigmaSchedule>,
+    /// Layers to skip at the end of the text encoders, as diffusers counts them.
+    pub clip_skip: Option<u32>,
+    /// `[height, width]`, as all sizes here; the crops are `[top, left]`. `None` is diffusers' default.
+    pub original_size: Option<[u32; 2]>,
+    pub crops_coords_top_left: Option<[u32; 2]>,
+    pub target_size: Option<[u32; 2]>,
+    pub negative_original_size: Option<[u32; 2]>,
+    pub negative_crops_coords_top_left: Option<[u32; 2]>,
+    pub negative_target_size: Option<[u32; 2]>,
+    pub output_format: OutputFormat,
+    /// 0 to 100; PNG has none.
+    pub output_quality: u8,
+    pub embed_metadata: bool,
+    pub response_format: ResponseFormat,
+}
+
+/// The curve of the noise levels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum SigmaSchedule {
+    Karras,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum OutputFormat {
+    Png,
+    Jpeg,
+    Webp,
+}
+
+/// How an image travels in the reply.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ResponseFormat {
+    DataUri,
+    B64Json,
+    Url,
+}
+
+impl SigmaSchedule {
+    pub fn name(self) -> &'static str {
+        match self {
+            SigmaSchedule::Karras => "karras",
+        }
+    }
+}
+
+impl OutputFormat {
+    pub const NAMES: [&'static str; 3] = ["png", "jpeg", "webp"];
+
+    pub fn from_name(name: &str) -> Option<Self> {
+        [OutputFormat::Png, OutputFormat::Jpeg, OutputFormat::Webp]
+            .into_iter()
+            .find(|format| format.name() == name)
+    }
+
+    /// The name in requests and replies; also the file extension and the second half of the media type.
+    pub fn name(self) -> &'static str {
+        match self {
+            OutputFormat::Png => "png",
+            OutputFormat::Jpeg => "jpeg",
+            OutputFormat::Webp => "webp",
+        }
+    }
+}
+
+impl GenerateParams {
+    /// The request for the image with this index alone.
+    pub fn for_image(&self, index: u32) -> GenerateParams {
+        GenerateParams {
+            seed: self.seed + u64::from(index),
+            num_images: 1,
+            ..self.clone()
+        }
+    }
+}
+
+/// The canonical request that makes the same picture again on the same model: nothing is left to a default that may
+/// change. For one of several images, call it with [`GenerateParams::for_image`].
+///
+/// `scheduler` and `model` are those that acted.
+pub fn effective_request(params: &GenerateParams, scheduler: SchedulerKind, model: &str) -> Value {
+    let GenerateParams {
+        prompt,
+        prompt_2,
+        negative_prompt,
+        negative_prompt_2,
+        height,
+        width,
+        num_inference_steps,
+        guidance_scale,
+        guidance_rescale,
+        eta,
+        seed,
+        num_images,
+        scheduler: _,
+        sigma_schedule,
+        clip_skip,
+        original_size,
+        crops_coords_top_left,
+        target_size,
+        negative_original_size,
+        negative_crops_coords_top_left,
+        negative_target_size,
+        output_format,
+        output_quality,
+        embed_metadata,
+        response_format: _, // how the picture travelled says nothing about the picture
+    } = params;
+    let mut request = json!({
+        "prompt": prompt,
+        "prompt_2": prompt_2,
+        "negative_prompt": negative_prompt,
+        "negative_prompt_2": negative_prompt_2,
+        "width": width,
+        "height": height,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "guidance_rescale": guidance_rescale,
+        "seed": seed,
+        "eta": eta,
+        "num_images": num_images,
+        "scheduler": scheduler.name(),
+        "sigma_schedule": sigma_schedule.map(SigmaSchedule::name),
+        "model": model,
+        "clip_skip": clip_skip,
+        "original_size": original_size,
+        "crops_coords_top_left": crops_coords_top_left,
+        "target_size": target_size,
+        "negative_original_size": negative_original_size,
+        "negative_crops_coords_top_left": negative_crops_coords_top_left,
+        "negative_target_size": negative_target_size,
+        "output_format": output_format.name(),
+        "output_quality": output_quality,
+        "embed_metadata": embed_metadata,
+    });
+    if let Value::Object(fields) = &mut request {
+        fields.retain(|_, value| !value.is_null());
+    }
+    request
+}

@@ -1,0 +1,327 @@
+//! From the request as it arrived to one the pipeline can trust. A pure function of request and limits: no file, no
+//! clock, no network; only a random seed comes from outside. The first problem in the contract's order is reported.
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+
+use super::params::{GenerateParams, OutputFormat, ResponseFormat, SigmaSchedule};
+use super::request::GenerateRequest;
+use super::scheduler_kind::SchedulerKind;
+use super::wording::{in_range, invalid_value, shorten, unsupported_feature};
+use crate::error::{Error, ErrorClass, Result};
+
+/// What this worker accepts, and what it fills in. Set once at start.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Limits {
+    /// Size of a request that names none: the model's own.
+    pub default_height: u32,
+    pub default_width: u32,
+    /// Largest height times width. A larger one is refused before anything is allocated.
+    pub max_pixels: u64,
+    pub max_num_images: u32,
+    pub max_num_inference_steps: u32,
+    /// The model's own scheduler, which decides what options a request without `scheduler` may use.
+    pub default_scheduler: SchedulerKind,
+    /// For each of the four texts. Far above what an encoder reads, and small enough to be tokenised in no time.
+    pub max_prompt_chars: usize,
+    /// Names a request may give as `model`; the default model's among them.
+    pub models: Vec<String>,
+}
+
+impl Default for Limits {
+    /// SDXL's size, up to four megapixels and eight images.
+    fn default() -> Self {
+        Limits {
+            default_height: 1024,
+            default_width: 1024,
+            max_pixels: 2048 * 2048,
+            max_num_images: 8,
+            max_num_inference_steps: 200,
+            default_scheduler: SchedulerKind::EulerDiscrete,
+            max_prompt_chars: 20_000,
+            models: Vec::new(),
+        }
+    }
+}
+
+/// Pixels per latent: what sizes are multiples of.
+const SIZE_STEP: u32 = 8;
+const MIN_SIDE: u32 = 64;
+/// The longest side a WebP file can have (16383), in steps of 8.
+const MAX_SIDE: u32 = 16_376;
+/// Sizes and crops that only condition the model; SDXL was trained on far smaller ones.
+const MAX_CONDITIONING_SIZE: i64 = 65_536;
+/// The smaller text encoder has 12 layers, of which the last is never used.
+const MAX_CLIP_SKIP: i64 = 11;
+
+/// Checks every field against its range and fills in the defaults.
+///
+/// # Errors
+///
+/// `missing_field`, `empty_prompt`, `out_of_range`, `not_a_multiple`, `invalid_value`, `unknown_scheduler`,
+/// `unsupported_option` (the scheduler has no such option), `unsupported_feature` (this version has not), all
+/// [`ErrorClass::InvalidInput`]; `too_large`, [`ErrorClass::TooLarge`].
+pub fn validate(request: GenerateRequest, limits: &Limits) -> Result<GenerateParams> {
+    let text = |field, text| text_within(field, text, limits.max_prompt_chars);
+    let prompt = required_prompt(text("prompt", request.prompt)?)?;
+    let prompt_2 = text("prompt_2", request.prompt_2)?;
+    let negative_prompt = text("negative_prompt", request.negative_prompt)?;
+    let negative_prompt_2 = text("negative_prompt_2", request.negative_prompt_2)?;
+
+    let (height, width) = size(request.height, request.width, limits)?;
+
+    let max_steps = i64::from(limits.max_num_inference_steps);
+    let num_inference_steps = in_range(
+        "num_inference_steps",
+        request.num_inference_steps.unwrap_or(max_steps.min(30)),
+        1..=max_steps,
+    )? as usize;
+    let guidance_scale = in_range("guidance_scale", request.guidance_scale.unwrap_or(5.0), 0.0..=50.0)?;
+    refuse_later_features(&[
+        (
+            "guidance_start",
+            request.guidance_start.is_some_and(|start| start != 0.0),
+        ),
+        ("guidance_end", request.guidance_end.is_some_and(|end| end != 1.0)),
+    ])?;
+    let guidance_rescale = in_range("guidance_rescale", request.guidance_rescale.unwrap_or(0.0), 0.0..=1.0)?;
+
+    let seed = request.seed.unwrap_or(-1);
+    in_range("seed", seed, -1..=i64::MAX)?;
+    let eta = in_range("eta", request.eta.unwrap_or(0.0), 0.0..=1.0)?;
+    let max_images = i64::from(limits.max_num_images);
+    let num_images = in_range("num_images", request.num_images.unwrap_or(1), 1..=max_images)?;
+    let seed = if seed == -1 {
+        random_seed()
+    } else {
+        in_range("seed", seed, 0..=i64::MAX - (num_images - 1))? as u64
+    };
+
+    let scheduler = request
+        .scheduler
+        .map(|name| SchedulerKind::from_name(&name, "scheduler"))
+        .transpose()?;
+    let sigma_schedule = request
+        .sigma_schedule
+        .map(|name| sigma_schedule_from(&name))
+        .transpose()?;
+    let acting = scheduler.unwrap_or(limits.default_scheduler);
+    if eta > 0.0 && !acting.has_eta() {
+        return Err(unsupported_option("eta", acting));
+    }
+    if sigma_schedule.is_some() && !acting.has_sigma_schedules() {
+        return Err(unsupported_option("sigma_schedule", acting));
+    }
+
+    refuse_later_features(&[
+        ("timesteps", request.timesteps.is_some_and(|list| !list.is_empty())),
+        ("sigmas", request.sigmas.is_some_and(|list| !list.is_empty())),
+        ("image", request.image.is_some()),
+        ("mask_image", request.mask_image.is_some()),
+        ("mask_blur", request.mask_blur.is_some_and(|pixels| pixels != 0.0)),
+        ("padding_mask_crop", request.padding_mask_crop.is_some()),
+    ])?;
+    known_model(request.model, limits)?;
+    refuse_later_features(&[
+        ("preset", request.preset.is_some()),
+        (
+            "prompt_weighting",
+            request.prompt_weighting.is_some_and(|kind| kind != "off"),
+        ),
+        ("textual_inversions", !request.textual_inversions.is_empty()),
+        ("hires", request.hires.is_some()),
+        (
+            "aesthetic_score",
+            request.aesthetic_score.is_some_and(|score| score != 6.0),
+        ),
+        (
+            "negative_aesthetic_score",
+            request.negative_aesthetic_score.is_some_and(|score| score != 2.5),
+        ),
+        ("scale_mode", request.scale_mode.is_some_and(|mode| mode != "diffusers")),
+        ("strength", request.strength.is_some()),
+        ("controlnets", !request.controlnets.is_empty()),
+        ("loras", !request.loras.is_empty()),
+    ])?;
+
+    let clip_skip = request
+        .clip_skip
+        .map(|layers| in_range("clip_skip", layers, 0..=MAX_CLIP_SKIP))
+        .transpose()?;
+    let original_size = pair("original_size", request.original_size)?;
+    let crops_coords_top_left = pair("crops_coords_top_left", request.crops_coords_top_left)?;
+    let target_size = pair("target_size", request.target_size)?;
+    let negative_original_size = pair("negative_original_size", request.negative_original_size)?;
+    let negative_crops_coords_top_left =
+        pair("negative_crops_coords_top_left", request.negative_crops_coords_top_left)?;
+    let negative_target_size = pair("negative_target_size", request.negative_target_size)?;
+
+    refuse_later_features(&[
+        (
+            "denoising_start",
+            request.denoising_start.is_some_and(|start| start != 0.0),
+        ),
+        ("denoising_end", request.denoising_end.is_some_and(|end| end != 1.0)),
+        ("refiner", request.refiner.is_some()),
+    ])?;
+    let output_format = request
+        .output_format
+        .map_or(Ok(OutputFormat::Png), |name| output_format_from(&name))?;
+    let output_quality = in_range("output_quality", request.output_quality.unwrap_or(95), 0..=100)? as u8;
+    refuse_later_features(&[
+        ("stream", request.stream == Some(true)),
+        ("preview_every", request.preview_every.is_some_and(|steps| steps != 0)),
+    ])?;
+    let response_format = request
+        .response_format
+        .map_or(Ok(ResponseFormat::DataUri), |name| response_format_from(&name))?;
+
+    Ok(GenerateParams {
+        prompt,
+        prompt_2,
+        negative_prompt,
+        negative_prompt_2,
+        height,
+        width,
+        num_inference_steps,
+        guidance_scale,
+        guidance_rescale,
+        eta,
+        seed,
+        num_images: num_images as u32,
+        scheduler,
+        sigma_schedule,
+        clip_skip: clip_skip.map(|layers| layers as u32),
+        original_size,
+        crops_coords_top_left,
+        target_size,
+        negative_original_size,
+        negative_crops_coords_top_left,
+        negative_target_size,
+        output_format,
+        output_quality,
+        embed_metadata: request.embed_metadata.unwrap_or(true),
+        response_format,
+    })
+}
+
+/// Refuses the first field whose feature this version does not have. Values that ask for nothing are no request for it.
+fn refuse_later_features(fields: &[(&str, bool)]) -> Result<()> {
+    match fields.iter().find(|(_, wanted)| *wanted) {
+        Some((field, _)) => Err(unsupported_feature(field, &format!("`{field}`"))),
+        None => Ok(()),
+    }
+}
+
+fn required_prompt(prompt: Option<String>) -> Result<String> {
+    let remedy = "describe the image in `prompt`";
+    let prompt = prompt.ok_or_else(|| {
+        Error::invalid("missing_field", "prompt", "`prompt` is required and is absent").remedy(remedy)
+    })?;
+    if prompt.trim().is_empty() {
+        return Err(Error::invalid("empty_prompt", "prompt", "`prompt` must not be empty").remedy(remedy));
+    }
+    Ok(prompt)
+}
+
+fn text_within(field: &'static str, text: Option<String>, max: usize) -> Result<Option<String>> {
+    // Bytes are never fewer than characters, so a short text is not counted.
+    match text
+        .as_ref()
+        .filter(|text| text.len() > max)
+        .map(|text| text.chars().count())
+    {
+        Some(chars) if chars > max => {
+            let message = format!("`{field}` must have at most {max} characters, got {chars}");
+            Err(too_large(field, message).remedy(format!("shorten `{field}`")))
+        }
+        _ => Ok(text),
+    }
+}
+
+fn too_large(field: &str, message: String) -> Error {
+    Error::new(ErrorClass::TooLarge, "too_large", message).field(field)
+}
+
+/// Height and width in pixels.
+fn size(height: Option<i64>, width: Option<i64>, limits: &Limits) -> Result<(u32, u32)> {
+    let width = side("width", width, limits.default_width)?;
+    let height = side("height", height, limits.default_height)?;
+    let pixels = u64::from(width) * u64::from(height);
+    if pixels > limits.max_pixels {
+        let max = limits.max_pixels;
+        let message = format!("`width` x `height` must be at most {max} pixels, got {width} x {height} = {pixels}");
+        let longest = (max as f64).sqrt() as u64 / u64::from(SIZE_STEP) * u64::from(SIZE_STEP);
+        return Err(
+            too_large("width", message).remedy(format!("the largest square is {longest} x {longest}; ask for less"))
+        );
+    }
+    Ok((height, width))
+}
+
+fn side(field: &str, pixels: Option<i64>, default: u32) -> Result<u32> {
+    let Some(pixels) = pixels else { return Ok(default) };
+    let pixels = in_range(field, pixels, i64::from(MIN_SIDE)..=i64::from(MAX_SIDE))? as u32;
+    if !pixels.is_multiple_of(SIZE_STEP) {
+        let below = pixels / SIZE_STEP * SIZE_STEP;
+        let message = format!("`{field}` must be a multiple of {SIZE_STEP}, got {pixels}");
+        return Err(Error::invalid("not_a_multiple", field, message)
+            .remedy(format!("the nearest ones are {below} and {}", below + SIZE_STEP)));
+    }
+    Ok(pixels)
+}
+
+fn pair(field: &str, pair: Option<[i64; 2]>) -> Result<Option<[u32; 2]>> {
+    let Some([first, second]) = pair else { return Ok(None) };
+    let item = |index: usize, value| in_range(&format!("{field}[{index}]"), value, 0..=MAX_CONDITIONING_SIZE);
+    Ok(Some([item(0, first)? as u32, item(1, second)? as u32]))
+}
+
+fn sigma_schedule_from(name: &str) -> Result<SigmaSchedule> {
+    match name.to_lowercase().as_str() {
+        "karras" => Ok(SigmaSchedule::Karras),
+        "exponential" | "beta" | "lu" => Err(unsupported_feature("sigma_schedule", &format!("the schedule {name}"))),
+        _ => Err(invalid_value("sigma_schedule", &["karras"], name)),
+    }
+}
+
+fn unsupported_option(field: &str, scheduler: SchedulerKind) -> Error {
+    let message = format!("the scheduler {} has no `{field}`", scheduler.name());
+    Error::invalid("unsupported_option", field, message)
+        .remedy(format!("leave `{field}` out, or choose another `scheduler`"))
+}
+
+fn known_model(model: Option<String>, limits: &Limits) -> Result<()> {
+    let Some(model) = model.filter(|model| !limits.models.contains(model)) else {
+        return Ok(());
+    };
+    let error = unsupported_feature("model", &format!("the model {:?}", shorten(&model, 80)));
+    if limits.models.is_empty() {
+        return Err(error);
+    }
+    Err(error.remedy(format!(
+        "choose one of {}, or leave `model` out",
+        limits.models.join(", ")
+    )))
+}
+
+fn output_format_from(name: &str) -> Result<OutputFormat> {
+    OutputFormat::from_name(name).ok_or_else(|| invalid_value("output_format", &OutputFormat::NAMES, name))
+}
+
+fn response_format_from(name: &str) -> Result<ResponseFormat> {
+    match name {
+        "data_uri" => Ok(ResponseFormat::DataUri),
+        "b64_json" => Ok(ResponseFormat::B64Json),
+        "url" => Err(unsupported_feature("response_format", "`response_format` url")),
+        _ => Err(invalid_value("response_format", &["data_uri", "b64_json"], name)),
+    }
+}
+
+/// Below 2^32, so that it fits every tool. The standard library's hash keys are its only source of randomness.
+fn random_seed() -> u64 {
+    RandomState::new().build_hasher().finish() & 0xffff_ffff
+}
+
+#[cfg(test)]
+#[path = "validate_tests.rs"]
+mod tests;

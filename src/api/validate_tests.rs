@@ -1,0 +1,577 @@
+//! Values and limits, from JSON on, as a caller meets them.
+
+use serde_json::{Value, json};
+
+use super::super::{effective_request, parse};
+use super::*;
+
+fn limits() -> Limits {
+    Limits {
+        models: vec!["base".into(), "anime".into()],
+        ..Limits::default()
+    }
+}
+
+/// A request with a prompt and these fields.
+fn with(fields: Value) -> Value {
+    let mut input = json!({"prompt": "a cat"});
+    input
+        .as_object_mut()
+        .unwrap()
+        .extend(fields.as_object().expect("fields").clone());
+    input
+}
+
+fn check(input: &Value, limits: &Limits) -> Result<GenerateParams> {
+    validate(parse(input)?.0, limits)
+}
+
+#[track_caller]
+fn accepted(fields: Value) -> GenerateParams {
+    check(&with(fields.clone()), &limits()).unwrap_or_else(|error| panic!("{fields}: {error}"))
+}
+
+#[track_caller]
+fn refused(fields: Value, code: &str, field: &str) -> Error {
+    let error = check(&with(fields), &limits()).expect_err("the request should be refused");
+    assert_eq!((error.code, error.field.as_deref()), (code, Some(field)), "{error}");
+    assert!(error.remedy.is_some(), "{error}");
+    let class = if code == "too_large" {
+        ErrorClass::TooLarge
+    } else {
+        ErrorClass::InvalidInput
+    };
+    assert_eq!(error.class, class);
+    error
+}
+
+#[test]
+fn a_prompt_alone_gets_the_contract_s_defaults() {
+    let params = accepted(json!({}));
+    let expected = GenerateParams {
+        prompt: "a cat".into(),
+        prompt_2: None,
+        negative_prompt: None,
+        negative_prompt_2: None,
+        height: 1024,
+        width: 1024,
+        num_inference_steps: 30,
+        guidance_scale: 5.0,
+        guidance_rescale: 0.0,
+        eta: 0.0,
+        seed: params.seed,
+        num_images: 1,
+        scheduler: None,
+        sigma_schedule: None,
+        clip_skip: None,
+        original_size: None,
+        crops_coords_top_left: None,
+        target_size: None,
+        negative_original_size: None,
+        negative_crops_coords_top_left: None,
+        negative_target_size: None,
+        output_format: OutputFormat::Png,
+        output_quality: 95,
+        embed_metadata: true,
+        response_format: ResponseFormat::DataUri,
+    };
+    assert_eq!(params, expected);
+}
+
+#[test]
+fn every_value_reaches_its_parameter() {
+    let params = accepted(json!({
+        "prompt_2": "b", "negative_prompt": "", "negative_prompt_2": "d", "width": 64, "height": 128, "steps": 7,
+        "guidance_scale": 2.5, "guidance_rescale": 0.25, "eta": 0.5, "seed": 9, "num_images": 2, "scheduler": "DDIM",
+        "clip_skip": 2, "original_size": [1, 2], "crops_coords_top_left": [3, 4], "target_size": [5, 6],
+        "negative_original_size": [7, 8], "negative_crops_coords_top_left": [9, 10], "negative_target_size": [11, 12],
+        "output_format": "webp", "output_quality": 80, "embed_metadata": false, "response_format": "b64_json",
+    }));
+    let expected = GenerateParams {
+        prompt: "a cat".into(),
+        prompt_2: Some("b".into()),
+        negative_prompt: Some("".into()),
+        negative_prompt_2: Some("d".into()),
+        height: 128,
+        width: 64,
+        num_inference_steps: 7,
+        guidance_scale: 2.5,
+        guidance_rescale: 0.25,
+        eta: 0.5,
+        seed: 9,
+        num_images: 2,
+        scheduler: Some(SchedulerKind::Ddim),
+        sigma_schedule: None,
+        clip_skip: Some(2),
+        original_size: Some([1, 2]),
+        crops_coords_top_left: Some([3, 4]),
+        target_size: Some([5, 6]),
+        negative_original_size: Some([7, 8]),
+        negative_crops_coords_top_left: Some([9, 10]),
+        negative_target_size: Some([11, 12]),
+        output_format: OutputFormat::Webp,
+        output_quality: 80,
+        embed_metadata: false,
+        response_format: ResponseFormat::B64Json,
+    };
+    assert_eq!(params, expected);
+    assert_eq!(
+        accepted(json!({"sigma_schedule": "Karras"})).sigma_schedule,
+        Some(SigmaSchedule::Karras)
+    );
+    assert_eq!(
+        accepted(json!({"output_format": "jpeg"})).output_format,
+        OutputFormat::Jpeg
+    );
+    accepted(json!({"model": "anime"}));
+}
+
+#[test]
+fn every_range_is_accepted_at_its_bounds_and_refused_beyond() {
+    // (field, the bounds, what lies just beyond)
+    let max = i64::MAX;
+    let table = [
+        (
+            "width",
+            json!([64, 2048]),
+            json!([63, 56, 0, -8, 16_377, 1_000_001, max]),
+        ),
+        (
+            "height",
+            json!([64, 2048]),
+            json!([63, 56, 0, -8, 16_377, 1_000_001, max]),
+        ),
+        ("num_inference_steps", json!([1, 200]), json!([0, -1, 201, max])),
+        (
+            "guidance_scale",
+            json!([0, 0.5, 50, 50.0]),
+            json!([-0.01, 50.01, 1e300]),
+        ),
+        ("guidance_rescale", json!([0, 1]), json!([-0.01, 1.01])),
+        ("seed", json!([-1, 0, max]), json!([-2, i64::MIN])),
+        ("eta", json!([0, 1]), json!([-0.01, 1.01])),
+        ("num_images", json!([1, 8]), json!([0, -1, 9, max])),
+        ("clip_skip", json!([0, 11]), json!([-1, 12])),
+        ("output_quality", json!([0, 100]), json!([-1, 101])),
+    ];
+    for (field, inside, outside) in table {
+        for value in inside.as_array().unwrap() {
+            accepted(json!({"scheduler": "ddim", field: value}));
+        }
+        for value in outside.as_array().unwrap() {
+            let error = refused(json!({"scheduler": "ddim", field: value}), "out_of_range", field);
+            assert!(
+                error.message.ends_with(&format!("got {value}")) || value.is_f64(),
+                "{}",
+                error.message
+            );
+        }
+    }
+    for field in [
+        "original_size",
+        "crops_coords_top_left",
+        "target_size",
+        "negative_original_size",
+        "negative_crops_coords_top_left",
+        "negative_target_size",
+    ] {
+        accepted(json!({field: [0, 65_536]}));
+        refused(json!({field: [-1, 0]}), "out_of_range", &format!("{field}[0]"));
+        refused(json!({field: [0, 65_537]}), "out_of_range", &format!("{field}[1]"));
+    }
+}
+
+#[test]
+fn a_range_error_says_bound_value_and_what_would_do() {
+    let error = refused(json!({"width": 1_000_001}), "out_of_range", "width");
+    assert_eq!(error.message, "`width` must be from 64 to 16376, got 1000001");
+    assert_eq!(error.remedy.unwrap(), "the nearest accepted value is 16376");
+    let error = refused(json!({"steps": 0}), "out_of_range", "num_inference_steps");
+    assert_eq!(error.remedy.unwrap(), "the nearest accepted value is 1");
+}
+
+#[test]
+fn no_number_that_json_cannot_hold_passes_either() {
+    for value in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+        let request = |request| {
+            validate(
+                GenerateRequest {
+                    prompt: Some("x".into()),
+                    ..request
+                },
+                &limits(),
+            )
+        };
+        for result in [
+            request(GenerateRequest {
+                guidance_scale: Some(value),
+                ..Default::default()
+            }),
+            request(GenerateRequest {
+                guidance_rescale: Some(value),
+                ..Default::default()
+            }),
+            request(GenerateRequest {
+                eta: Some(value),
+                ..Default::default()
+            }),
+        ] {
+            assert_eq!(result.unwrap_err().code, "out_of_range");
+        }
+    }
+}
+
+#[test]
+fn a_side_is_a_multiple_of_eight() {
+    for side in [72, 1000, 1016] {
+        let params = accepted(json!({"width": side, "height": side}));
+        assert_eq!((params.width, params.height), (side, side));
+    }
+    let error = refused(json!({"height": 1001}), "not_a_multiple", "height");
+    assert_eq!(error.message, "`height` must be a multiple of 8, got 1001");
+    assert_eq!(error.remedy.unwrap(), "the nearest ones are 1000 and 1008");
+    refused(json!({"size": "100x64"}), "not_a_multiple", "width");
+}
+
+#[test]
+fn the_pixel_budget_holds_for_any_shape() {
+    accepted(json!({"width": 2048, "height": 2048}));
+    accepted(json!({"width": 16_376, "height": 256}));
+    let error = refused(json!({"width": 2056, "height": 2048}), "too_large", "width");
+    assert_eq!(
+        error.message,
+        "`width` x `height` must be at most 4194304 pixels, got 2056 x 2048 = 4210688"
+    );
+    assert_eq!(error.remedy.unwrap(), "the largest square is 2048 x 2048; ask for less");
+    refused(json!({"width": 16_376, "height": 16_376}), "too_large", "width");
+
+    let small = Limits {
+        max_pixels: 128 * 128,
+        default_width: 128,
+        default_height: 128,
+        ..limits()
+    };
+    assert!(check(&with(json!({"width": 128, "height": 128})), &small).is_ok());
+    assert!(check(&with(json!({"height": 64})), &small).is_ok_and(|p| (p.height, p.width) == (64, 128)));
+    assert_eq!(
+        check(&with(json!({"width": 136})), &small).unwrap_err().code,
+        "too_large"
+    );
+}
+
+#[test]
+fn the_other_limits_are_the_worker_s() {
+    let small = Limits {
+        max_num_images: 2,
+        max_num_inference_steps: 4,
+        max_prompt_chars: 5,
+        ..limits()
+    };
+    for (fields, code) in [
+        (json!({"num_images": 2, "steps": 4}), None),
+        (json!({"num_images": 3}), Some("out_of_range")),
+        (json!({"steps": 5}), Some("out_of_range")),
+        (json!({"prompt": "éééééé"}), Some("too_large")),
+        (json!({"prompt": "ééééé"}), None),
+        (json!({"negative_prompt": "123456"}), Some("too_large")),
+    ] {
+        assert_eq!(
+            check(&with(fields.clone()), &small).err().map(|error| error.code),
+            code,
+            "{fields}"
+        );
+    }
+}
+
+#[test]
+fn a_prompt_is_required_and_not_empty() {
+    let error = check(&json!({}), &limits()).unwrap_err();
+    assert_eq!((error.code, error.field.as_deref()), ("missing_field", Some("prompt")));
+    refused(json!({"prompt": null}), "missing_field", "prompt");
+    refused(json!({"prompt": ""}), "empty_prompt", "prompt");
+    refused(json!({"prompt": " \n\t"}), "empty_prompt", "prompt");
+    assert_eq!(accepted(json!({"prompt": " x "})).prompt, " x ");
+    for field in ["prompt", "prompt_2", "negative_prompt", "negative_prompt_2"] {
+        accepted(json!({field: "a".repeat(20_000)}));
+        refused(json!({field: "a".repeat(20_001)}), "too_large", field);
+    }
+}
+
+#[test]
+fn an_absent_and_an_empty_negative_prompt_stay_two_things() {
+    assert_eq!(accepted(json!({})).negative_prompt, None);
+    assert_eq!(accepted(json!({"negative_prompt": null})).negative_prompt, None);
+    assert_eq!(
+        accepted(json!({"negative_prompt": ""})).negative_prompt.as_deref(),
+        Some("")
+    );
+}
+
+#[test]
+fn a_random_seed_fits_32_bits_and_differs() {
+    let seeds: std::collections::HashSet<u64> = (0..50).map(|_| accepted(json!({})).seed).collect();
+    assert!(seeds.len() > 45 && seeds.iter().all(|seed| *seed < 1 << 32));
+    assert!(accepted(json!({"seed": -1})).seed < 1 << 32);
+    assert_eq!(accepted(json!({"seed": 0})).seed, 0);
+    assert_eq!(accepted(json!({"seed": i64::MAX})).seed, i64::MAX as u64);
+}
+
+#[test]
+fn the_last_image_s_seed_does_not_overflow() {
+    accepted(json!({"seed": i64::MAX - 7, "num_images": 8}));
+    let error = refused(json!({"seed": i64::MAX - 6, "num_images": 8}), "out_of_range", "seed");
+    assert_eq!(
+        error.remedy.unwrap(),
+        format!("the nearest accepted value is {}", i64::MAX - 7)
+    );
+}
+
+#[test]
+fn an_option_that_the_scheduler_has_not_is_refused() {
+    let error = refused(
+        json!({"scheduler": "ddim", "sigma_schedule": "karras"}),
+        "unsupported_option",
+        "sigma_schedule",
+    );
+    assert_eq!(error.message, "the scheduler ddim has no `sigma_schedule`");
+    let error = refused(json!({"scheduler": "K_EULER", "eta": 0.5}), "unsupported_option", "eta");
+    assert_eq!(error.message, "the scheduler euler has no `eta`");
+    accepted(json!({"scheduler": "euler", "sigma_schedule": "karras", "eta": 0}));
+    accepted(json!({"scheduler": "ddim", "eta": 0.5}));
+
+    // Without a scheduler, the model's own decides.
+    refused(json!({"eta": 0.5}), "unsupported_option", "eta");
+    let ddim = Limits {
+        default_scheduler: SchedulerKind::Ddim,
+        ..limits()
+    };
+    assert!(check(&with(json!({"eta": 0.5})), &ddim).is_ok());
+    assert_eq!(
+        check(&with(json!({"sigma_schedule": "karras"})), &ddim)
+            .unwrap_err()
+            .code,
+        "unsupported_option"
+    );
+    assert!(check(&with(json!({"scheduler": "euler", "sigma_schedule": "karras"})), &ddim).is_ok());
+}
+
+#[test]
+fn a_word_that_is_none_of_the_accepted_ones_is_answered_with_them() {
+    refused(json!({"scheduler": "nonsense"}), "unknown_scheduler", "scheduler");
+    refused(json!({"scheduler": "unipc"}), "unsupported_feature", "scheduler");
+    refused(json!({"sigma_schedule": "sqrt"}), "invalid_value", "sigma_schedule");
+    refused(json!({"response_format": "file"}), "invalid_value", "response_format");
+    let error = refused(json!({"output_format": "gif"}), "invalid_value", "output_format");
+    assert_eq!(
+        error.message,
+        "`output_format` must be one of png, jpeg, webp, got \"gif\""
+    );
+    assert_eq!(error.remedy.unwrap(), "choose one of png, jpeg, webp");
+}
+
+#[test]
+fn a_field_of_a_later_feature_is_refused_by_name() {
+    for (field, value) in [
+        ("guidance_start", json!(0.1)),
+        ("guidance_end", json!(0.9)),
+        ("sigma_schedule", json!("exponential")),
+        ("sigma_schedule", json!("beta")),
+        ("sigma_schedule", json!("lu")),
+        ("timesteps", json!([1])),
+        ("sigmas", json!([1.0])),
+        ("image", json!("x")),
+        ("mask_image", json!("x")),
+        ("mask_blur", json!(4)),
+        ("padding_mask_crop", json!(32)),
+        ("model", json!("other")),
+        ("preset", json!("turbo")),
+        ("prompt_weighting", json!("compel")),
+        ("textual_inversions", json!([{}])),
+        ("hires", json!({})),
+        ("aesthetic_score", json!(5)),
+        ("negative_aesthetic_score", json!(2)),
+        ("scale_mode", json!("residual")),
+        ("strength", json!(0.5)),
+        ("controlnets", json!([{}])),
+        ("loras", json!([{}])),
+        ("denoising_start", json!(0.8)),
+        ("denoising_end", json!(0.8)),
+        ("refiner", json!({})),
+        ("stream", json!(true)),
+        ("preview_every", json!(5)),
+        ("response_format", json!("url")),
+    ] {
+        refused(json!({field: value}), "unsupported_feature", field);
+    }
+    refused(json!({"control_image": "x"}), "unsupported_feature", "controlnets");
+    let error = refused(json!({"model": "other"}), "unsupported_feature", "model");
+    assert_eq!(error.remedy.unwrap(), "choose one of base, anime, or leave `model` out");
+    let none = Limits {
+        models: vec![],
+        ..limits()
+    };
+    assert_eq!(
+        check(&with(json!({"model": "base"})), &none).unwrap_err().code,
+        "unsupported_feature"
+    );
+}
+
+#[test]
+fn a_value_that_asks_for_nothing_passes() {
+    let params = accepted(json!({
+        "seed": 1, "guidance_start": 0, "guidance_end": 1, "timesteps": [], "sigmas": [], "mask_blur": 0,
+        "prompt_weighting": "off", "textual_inversions": [], "aesthetic_score": 6, "negative_aesthetic_score": 2.5,
+        "scale_mode": "diffusers", "controlnets": [], "loras": [], "denoising_start": 0, "denoising_end": 1,
+        "stream": false, "preview_every": 0, "enable_hr": false, "init_images": [],
+    }));
+    assert_eq!(params, accepted(json!({"seed": 1})));
+}
+
+#[test]
+fn the_first_problem_in_the_contract_s_order_is_reported() {
+    let mut fields = json!({
+        "response_format": "x", "output_quality": 101, "loras": [{}], "scheduler": "x", "num_images": 0,
+        "steps": 0, "height": 1, "width": 1, "prompt": "",
+    });
+    for (field, code) in [
+        ("prompt", "empty_prompt"),
+        ("width", "out_of_range"),
+        ("height", "out_of_range"),
+        ("num_inference_steps", "out_of_range"),
+        ("num_images", "out_of_range"),
+        ("scheduler", "unknown_scheduler"),
+        ("loras", "unsupported_feature"),
+        ("output_quality", "out_of_range"),
+        ("response_format", "invalid_value"),
+    ] {
+        refused(fields.clone(), code, field);
+        let given = if field == "num_inference_steps" { "steps" } else { field };
+        fields.as_object_mut().unwrap().remove(given);
+    }
+    accepted(fields);
+}
+
+#[test]
+fn the_effective_request_makes_the_same_parameters_without_a_warning() {
+    for fields in [
+        json!({}),
+        json!({"seed": i64::MAX, "scheduler": "DDIM", "eta": 0.5, "negative_prompt": "", "model": "anime"}),
+        json!({"sigma_schedule": "karras", "cfg_scale": 7.1, "guidance_rescale": 0.7, "size": "64x72", "n": 1}),
+        json!({
+            "prompt": "«emoji» 🦀 \"quotes\"\n\u{0}", "prompt_2": "b", "negative_prompt_2": "c", "clip_skip": 1,
+            "original_size": [1, 2], "crops_coords_top_left": [3, 4], "target_size": [5, 6],
+            "negative_original_size": [7, 8], "negative_crops_coords_top_left": [9, 10], "negative_target_size": [0, 1],
+            "output_format": "webp", "output_quality": 3,
+        }),
+    ] {
+        let params = accepted(fields);
+        let scheduler = params.scheduler.unwrap_or(SchedulerKind::EulerDiscrete);
+        let request = effective_request(&params, scheduler, "base");
+        let (read, warnings) = parse(&serde_json::from_str(&request.to_string()).unwrap()).unwrap();
+        assert_eq!(warnings, Vec::<String>::new());
+        let again = validate(read, &limits()).unwrap();
+        assert_eq!(
+            again,
+            GenerateParams {
+                scheduler: Some(scheduler),
+                ..params
+            }
+        );
+        assert_eq!(effective_request(&again, scheduler, "base"), request);
+    }
+}
+
+#[test]
+fn each_of_several_images_has_a_request_of_its_own() {
+    let params = accepted(json!({"seed": 40, "num_images": 3}));
+    for index in 0..3 {
+        let request = effective_request(&params.for_image(index), SchedulerKind::EulerDiscrete, "base");
+        assert_eq!(request["seed"], json!(40 + index));
+        assert_eq!(request["num_images"], json!(1));
+    }
+}
+
+/// Knuth's generator: the same numbers on every machine.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as usize % bound
+    }
+
+    fn value(&mut self, depth: usize) -> Value {
+        let numbers = [
+            0.0,
+            1.0,
+            -1.0,
+            0.5,
+            8.0,
+            64.0,
+            1e30,
+            -1e300,
+            1e-300,
+            2f64.powi(63),
+            2f64.powi(64),
+        ];
+        let integers = [0, 1, -1, 8, 64, 200, 1024, i64::MAX, i64::MIN];
+        let texts = [
+            "", "x", "euler", "ddim", "karras", "png", "64x64", "x64", "é🦀\0", "url", "off", "\u{fffd}",
+        ];
+        match self.below(if depth == 0 { 6 } else { 8 }) {
+            0 => Value::Null,
+            1 => json!(self.below(2) == 0),
+            2 => json!(numbers[self.below(numbers.len())]),
+            3 => json!(integers[self.below(integers.len())]),
+            4 => json!(u64::MAX - self.below(2) as u64),
+            5 => json!(texts[self.below(texts.len())]),
+            6 => (0..self.below(4)).map(|_| self.value(depth - 1)).collect(),
+            _ => self.object(depth - 1),
+        }
+    }
+
+    fn object(&mut self, depth: usize) -> Value {
+        let names: Vec<&str> =
+            "prompt prompt negative_prompt width height steps num_inference_steps cfg_scale seed eta n \
+            scheduler sampler sigma_schedule timesteps sigmas image init_images model hires enable_hr hr_scale \
+            controlnets control_image control_mode loras clip_skip original_size target_size denoising_end refiner \
+            refiner_inference_steps output_format output_quality embed_metadata stream response_format size scale mode \
+            name path url token preprocess params start end weight strength upscaler"
+                .split_whitespace()
+                .collect();
+        (0..self.below(6))
+            .map(|_| (names[self.below(names.len())].to_owned(), self.value(depth)))
+            .collect()
+    }
+}
+
+#[test]
+fn whatever_arrives_is_answered() {
+    let mut random = Random(1);
+    let (mut codes, mut passed) = (std::collections::BTreeMap::<&str, usize>::new(), 0);
+    for _ in 0..100_000 {
+        let mut input = random.object(4);
+        if random.below(2) == 0 {
+            input["prompt"] = json!("a cat");
+        }
+        match check(&input, &limits()) {
+            Ok(params) => {
+                passed += 1;
+                let pixels = u64::from(params.height) * u64::from(params.width);
+                assert!(
+                    pixels <= limits().max_pixels && params.height % 8 == 0 && params.width % 8 == 0,
+                    "{input}"
+                );
+            }
+            Err(error) => {
+                assert!(error.field.is_some() && error.remedy.is_some(), "{input}: {error}");
+                *codes.entry(error.code).or_default() += 1;
+            }
+        }
+    }
+    assert!(passed > 1000, "{passed}");
+    assert!(codes.len() >= 10, "{codes:?}");
+}

@@ -1,0 +1,48 @@
+//! The program that does the work. People start `sdxl-worker`, which finds libtorch and becomes this one.
+
+use std::io::{IsTerminal, stderr};
+use std::process::ExitCode;
+
+use sdxl_worker::cli::{Cli, Command};
+use sdxl_worker::commands;
+use sdxl_worker::error::Result;
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    let cli = match Cli::parse_arguments(std::env::args_os()) {
+        Ok(cli) => cli,
+        // the launcher has answered these already, unless somebody started the engine by hand
+        Err(answer) => answer.exit(),
+    };
+    let level = format!("sdxl_worker={}", cli.engine.log_level);
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::new(level))
+        .with_writer(stderr)
+        .with_ansi(stderr().is_terminal())
+        .with_target(false)
+        .init();
+    // A job's panic is answered as an error; the log needs the place, not the words, which may quote the request.
+    std::panic::set_hook(Box::new(|panic| {
+        let place = panic.location().map(ToString::to_string).unwrap_or_default();
+        tracing::error!(place, "panic");
+    }));
+    match run(&cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            if !stderr().is_terminal() {
+                eprintln!("{}", error.to_json());
+            }
+            error.class.exit_code().into()
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<()> {
+    match &cli.command {
+        Some(Command::Generate(options)) => commands::generate(&cli.engine, options),
+        Some(Command::Doctor) => commands::doctor(&cli.engine),
+        Some(Command::Tokenize) => commands::tokenize(&cli.engine),
+        None => commands::run_once(&cli.engine, cli.sdk.test_input.as_deref()),
+    }
+}

@@ -1,0 +1,111 @@
+use std::path::Path;
+
+use tch::Device;
+
+use crate::cli::EngineArgs;
+use crate::config;
+use crate::device;
+use crate::error::{Error, Result};
+use crate::memory;
+use crate::models::GraphSet;
+use crate::pipeline::{Pipeline, StableDiffusionXlPipeline};
+use crate::torch;
+
+/// Says what works on this machine and what to do about the rest. The launcher answers where libtorch is missing.
+///
+/// # Errors
+/// The first failure, after everything was printed.
+pub fn doctor(arguments: &EngineArgs) -> Result<()> {
+    println!("sdxl-worker {} ({})\n", env!("CARGO_PKG_VERSION"), env!("GIT_COMMIT"));
+    let libtorch = std::env::var("SDXL_WORKER_LIBTORCH").unwrap_or_else(|_| "found by the system's loader".into());
+    line("libtorch", &Ok(format!("{} ({})", libtorch, cuda_build())));
+    line("device", &Ok(devices()));
+    if let Some(free) = memory::available() {
+        line("memory", &Ok(format!("{} free", memory::format_bytes(free))));
+    }
+
+    let settings = config::settings(arguments);
+    let graphs = settings
+        .as_ref()
+        .map_err(brief)
+        .and_then(|s| describe_graphs(&s.graphs));
+    let model = settings.and_then(|settings| {
+        let path = settings.model.display().to_string();
+        let target = format!(
+            "{} {}",
+            device::name(settings.device),
+            crate::models::dtype_name(settings.kind)
+        );
+        let started = std::time::Instant::now();
+        tch::jit::set_graph_executor_optimize(false);
+        let pipeline = StableDiffusionXlPipeline::load(settings)?;
+        let facts = pipeline.facts();
+        let seconds = started.elapsed().as_secs_f64();
+        let (width, height) = (facts.default_width, facts.default_height);
+        let scheduler = facts.default_scheduler.name();
+        Ok(format!(
+            "{path}: all weights bound on {target} in {seconds:.2} s; {width}x{height}, {scheduler}"
+        ))
+    });
+    line("graphs", &graphs);
+    line("model", &model.as_ref().map(String::clone).map_err(brief));
+    model.map(drop)
+}
+
+fn line(name: &str, found: &Result<String, String>) {
+    match found {
+        Ok(text) => println!("  {name:<9} ok       {text}"),
+        Err(problem) => println!("  {name:<9} FAILED   {}", problem.replace('\n', "\n    ")),
+    }
+}
+
+fn brief(error: &Error) -> String {
+    let remedy = error
+        .remedy
+        .as_ref()
+        .map(|remedy| format!("\nto do: {remedy}"))
+        .unwrap_or_default();
+    format!("{}{remedy}", error.message)
+}
+
+fn cuda_build() -> &'static str {
+    if tch::utils::has_cuda() || tch::Cuda::device_count() > 0 {
+        "with CUDA"
+    } else {
+        "no CUDA device in sight"
+    }
+}
+
+fn devices() -> String {
+    let mut devices: Vec<String> = (0..tch::Cuda::device_count().max(0) as usize)
+        .map(|index| {
+            let memory = torch::device_memory(Device::Cuda(index)).ok().flatten();
+            let memory = memory.map(|(free, total)| {
+                format!(
+                    " ({} of {} free)",
+                    memory::format_bytes(free),
+                    memory::format_bytes(total)
+                )
+            });
+            format!("cuda:{index}{}", memory.unwrap_or_default())
+        })
+        .collect();
+    if tch::utils::has_mps() {
+        devices.push("mps".into());
+    }
+    devices.push(format!("cpu with {} threads", tch::get_num_threads()));
+    devices.join(", ")
+}
+
+fn describe_graphs(dir: &Path) -> Result<String, String> {
+    let graphs = GraphSet::open(dir).map_err(|e| brief(&e))?;
+    let entries: Vec<String> = graphs
+        .entries()
+        .map(|entry| format!("\n{}", entry.describe()))
+        .collect();
+    Ok(format!(
+        "{}{}",
+        dir.display(),
+        entries.concat().replace('\n', "\n                     ")
+    ))
+}

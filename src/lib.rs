@@ -1,0 +1,30 @@
+//! A Stable Diffusion XL worker on libtorch.
+//!
+//! A traced TorchScript graph is code, a checkpoint is data: weightless graphs are loaded and safetensors are bound to
+//! them by name. The rest is here. From the outside in; a module uses what stands below it, never above:
+//!
+//! - [`commands`]: what the command line can do; [`cli`] declares it, [`config`] translates it
+//! - [`handler`]: one job, from JSON to encoded pictures
+//! - [`engine`]: the thread that owns the model
+//! - [`pipeline`]: the recipe: encode the prompt, denoise, decode
+//! - [`models`], [`schedulers`], [`media`]: graphs, noise schedules, picture files
+//! - [`weights`]: checkpoints into graphs
+//! - [`torch`]: what tch has no binding for; the only `unsafe`
+//! - [`api`], [`error`], [`context`], [`device`], [`memory`]: the words everything else is said in
+
+pub mod api;
+pub mod cli;
+pub mod commands;
+pub mod config;
+pub mod context;
+pub mod device;
+pub mod engine;
+pub mod error;
+pub mod handler;
+pub mod media;
+pub mod memory;
+pub mod models;
+pub mod pipeline;
+pub mod schedulers;
+pub mod torch;
+pub mod weights;

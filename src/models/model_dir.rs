@@ -1,0 +1,84 @@
+//! A model in the diffusers layout: which component is in which folder, and its configuration.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+use crate::schedulers::SchedulerConfig;
+
+/// A pipeline's folder with its `model_index.json`.
+pub struct ModelDir {
+    path: PathBuf,
+    index: Value,
+}
+
+impl ModelDir {
+    pub fn open(path: &Path) -> Result<Self> {
+        if !path.is_dir() {
+            return Err(Error::setup(
+                "model_not_found",
+                format!("there is no model folder {}", path.display()),
+            )
+            .remedy("give --model (or MODEL_ID) a folder in the diffusers layout"));
+        }
+        let index = read_json(&path.join("model_index.json"))?;
+        Ok(ModelDir {
+            path: path.to_owned(),
+            index,
+        })
+    }
+
+    /// What a person calls the model: its folder's name.
+    pub fn name(&self) -> String {
+        self.path
+            .file_name()
+            .map(|n| n.to_string_lossy().into_owned())
+            .unwrap_or_else(|| "model".into())
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn component(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// `config.json` of a component.
+    pub fn config(&self, component: &str) -> Result<Value> {
+        read_json(&self.component(component).join("config.json"))
+    }
+
+    pub fn scheduler_config(&self) -> Result<SchedulerConfig> {
+        let path = self.component("scheduler").join("scheduler_config.json");
+        SchedulerConfig::from_json(&read_text(&path)?)
+    }
+
+    /// Whether an absent negative prompt means zeros rather than the encoding of an empty text.
+    pub fn force_zeros_for_empty_prompt(&self) -> bool {
+        self.index
+            .get("force_zeros_for_empty_prompt")
+            .and_then(Value::as_bool)
+            .unwrap_or(true)
+    }
+}
+
+fn read_text(path: &Path) -> Result<String> {
+    std::fs::read_to_string(path).map_err(|e| {
+        Error::setup("model_invalid", format!("{} cannot be read", path.display()))
+            .source(e)
+            .remedy("the model folder must be whole, in the diffusers layout")
+    })
+}
+
+/// Reads a JSON file of the model.
+pub(super) fn read_json(path: &Path) -> Result<Value> {
+    serde_json::from_str(&read_text(path)?)
+        .map_err(|e| Error::setup("model_invalid", format!("{} is not JSON", path.display())).source(e))
+}
+
+/// A whole number of a configuration, or the default that diffusers gives it.
+pub(super) fn integer(config: &Value, key: &str, default: i64) -> i64 {
+    config.get(key).and_then(Value::as_i64).unwrap_or(default)
+}

@@ -1,0 +1,92 @@
+//! The denoising loop: step 8 of `StableDiffusionXLPipeline.__call__`.
+
+use tch::{Kind, Tensor};
+
+use super::prompt::Conditions;
+use crate::context::{JobContext, Progress};
+use crate::error::{Error, ErrorClass, Result};
+use crate::models::{UNet, UNetInputs};
+use crate::schedulers::{NoiseSource, Scheduler};
+
+/// How the prompt is weighed against the negative prompt.
+pub(super) struct Guidance {
+    /// 1 or less: no guidance, and no second half of the batch.
+    pub(super) scale: f64,
+    /// How far the guided prediction is brought back to the spread of the plain one; arXiv 2305.08891, section 3.4.
+    pub(super) rescale: f64,
+}
+
+impl Guidance {
+    pub(super) fn is_on(&self) -> bool {
+        self.scale > 1.0
+    }
+}
+
+/// Runs every step of `scheduler` on `latents`, `[num_images, 4, h, w]` of unit noise times `init_noise_sigma`.
+pub(super) fn denoise(
+    unet: &UNet,
+    conditions: &Conditions,
+    guidance: &Guidance,
+    scheduler: &mut dyn Scheduler,
+    noise: &mut NoiseSource,
+    mut latents: Tensor,
+    context: &JobContext,
+) -> Result<Tensor> {
+    let batch = conditions.encoder_hidden_states.size()[0];
+    let timesteps = scheduler.timesteps().to_vec();
+    for (step, timestep) in timesteps.iter().enumerate() {
+        context.check_cancelled()?;
+        context.report(Progress::Denoising {
+            step,
+            steps: timesteps.len(),
+        });
+
+        let sample = if guidance.is_on() {
+            Tensor::cat(&[&latents, &latents], 0)
+        } else {
+            latents.shallow_clone()
+        };
+        let noise_pred = unet.forward(&UNetInputs {
+            sample: &scheduler.scale_model_input(&sample, step),
+            timestep: &Tensor::full([batch], *timestep, (Kind::Float, latents.device())),
+            encoder_hidden_states: &conditions.encoder_hidden_states,
+            text_embeds: &conditions.text_embeds,
+            time_ids: &conditions.time_ids,
+        })?;
+        let noise_pred = if guidance.is_on() {
+            guide(&noise_pred, guidance)
+        } else {
+            noise_pred
+        };
+
+        latents = scheduler.step(&noise_pred, step, &latents, noise)?;
+    }
+    context.check_cancelled()?;
+    context.report(Progress::Denoising {
+        step: timesteps.len(),
+        steps: timesteps.len(),
+    });
+    if !is_finite(&latents) {
+        let message = "the latents are not finite: this model overflows in this dtype, or its weights are damaged";
+        return Err(Error::new(ErrorClass::Internal, "non_finite_latents", message)
+            .remedy("try --dtype bfloat16 or float32, or a lower guidance_scale"));
+    }
+    Ok(latents)
+}
+
+/// Classifier-free guidance on a prediction whose first half is for the negative prompt.
+fn guide(noise_pred: &Tensor, guidance: &Guidance) -> Tensor {
+    let halves = noise_pred.chunk(2, 0);
+    let (noise_pred_uncond, noise_pred_text) = (&halves[0], &halves[1]);
+    let noise_cfg = noise_pred_uncond + (noise_pred_text - noise_pred_uncond) * guidance.scale;
+    if guidance.rescale <= 0.0 {
+        return noise_cfg;
+    }
+    let std = |t: &Tensor| t.std_dim(&[1i64, 2, 3][..], true, true);
+    let rescaled = &noise_cfg * (std(noise_pred_text) / std(&noise_cfg));
+    rescaled * guidance.rescale + noise_cfg * (1.0 - guidance.rescale)
+}
+
+pub(super) fn is_finite(tensor: &Tensor) -> bool {
+    bool::try_from(tensor.isfinite().all()).unwrap_or(false)
+}

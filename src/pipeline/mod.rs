@@ -1,0 +1,311 @@
+//! The recipe: Stable Diffusion XL from a valid request to pixels, step by step as diffusers does it.
+
+mod denoise;
+mod image_processor;
+mod memory;
+mod prompt;
+mod tokenizer;
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use image::RgbImage;
+use serde_json::Value;
+use tch::{Device, Kind, Tensor};
+
+use crate::api::{GenerateParams, SchedulerKind, SigmaSchedule, Timings};
+use crate::context::{JobContext, Progress};
+use crate::error::{Error, ErrorClass, Result};
+use crate::models::{GraphSet, ModelDir, TextEncoder, UNet, Vae};
+use crate::schedulers::{self, NoiseSource, SchedulerConfig, StepOptions};
+use crate::weights::Checkpoint;
+use denoise::{Guidance, denoise, is_finite};
+use prompt::{PromptEncoder, TextStage};
+pub use tokenizer::{ClipTokenizer, TokenIds};
+
+/// What is fixed when a model is loaded.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    pub model: PathBuf,
+    pub graphs: PathBuf,
+    pub device: Device,
+    pub kind: Kind,
+    /// `None` follows diffusers: `kind`, but float32 for a float16 model whose VAE says `force_upcast`.
+    pub vae_kind: Option<Kind>,
+    /// Weight files to prefer, such as `fp16`.
+    pub variant: Option<String>,
+    pub vae_tiling: VaeTiling,
+    /// Most bytes a request may need; `None` is what the machine or container has free.
+    pub memory_limit: Option<u64>,
+}
+
+/// When pictures are decoded tile by tile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VaeTiling {
+    /// Above this many pixels.
+    Above(u64),
+    Always,
+    Never,
+}
+
+/// What a caller needs to know of a loaded model before it can judge a request.
+#[derive(Debug, Clone)]
+pub struct ModelFacts {
+    pub name: String,
+    pub default_height: u32,
+    pub default_width: u32,
+    pub default_scheduler: SchedulerKind,
+}
+
+/// What one job made.
+pub struct Generation {
+    pub images: Vec<RgbImage>,
+    /// float32 `[num_images, 4, h, w]` on the CPU, before the VAE: diffusers' `output_type="latent"`.
+    pub latents: Tensor,
+    pub scheduler: SchedulerKind,
+    pub timings: Timings,
+    pub warnings: Vec<String>,
+}
+
+/// What the engine's thread runs.
+pub trait Pipeline {
+    fn facts(&self) -> ModelFacts;
+    fn generate(&mut self, params: &GenerateParams, context: &JobContext) -> Result<Generation>;
+}
+
+pub struct StableDiffusionXlPipeline {
+    settings: Settings,
+    facts: ModelFacts,
+    text_stages: Vec<TextStage>,
+    force_zeros_for_empty_prompt: bool,
+    unet: UNet,
+    unet_config: Value,
+    vae: Vae,
+    vae_config: Value,
+    /// Loaded when a 16-bit decode overflows.
+    vae_float32: Option<Vae>,
+    scheduler_config: SchedulerConfig,
+}
+
+impl StableDiffusionXlPipeline {
+    pub fn load(settings: Settings) -> Result<Self> {
+        let model = ModelDir::open(&settings.model)?;
+        let graphs = GraphSet::open(&settings.graphs)?;
+        let scheduler_config = model.scheduler_config()?;
+        let (unet_config, vae_config) = (model.config("unet")?, model.config("vae")?);
+        let (kind, device) = (settings.kind, settings.device);
+        let force_upcast = vae_config.get("force_upcast").and_then(Value::as_bool).unwrap_or(true);
+        let vae_kind = settings.vae_kind.unwrap_or(if kind == Kind::Half && force_upcast {
+            Kind::Float
+        } else {
+            kind
+        });
+
+        // Reading a graph takes as long as binding its weights, and the parts do not depend on each other.
+        let load_text = |suffix: &str| load_text_stage(&settings, &model, &graphs, suffix);
+        let (text, text_2, unet, vae) = std::thread::scope(|scope| {
+            let text = scope.spawn(|| load_text(""));
+            let text_2 = scope.spawn(|| load_text("_2"));
+            let vae = scope.spawn(|| load_vae(&settings, &model, &graphs, &vae_config, vae_kind));
+            let _no_grad = tch::no_grad_guard();
+            let unet = checkpoint(&settings, &model, "unet", kind)
+                .and_then(|weights| UNet::load(&graphs, &unet_config, weights, model.path(), (kind, device)));
+            let join = "loading a model part does not panic";
+            (
+                text.join().expect(join),
+                text_2.join().expect(join),
+                unet,
+                vae.join().expect(join),
+            )
+        });
+        let (text_stages, unet, vae) = (vec![text?, text_2?], unet?, vae?);
+
+        let projection_dim = text_stages[1].encoder.projection_dim();
+        let expected = unet.addition_time_embed_dim * 6 + projection_dim;
+        if unet.add_embedding_in_features != expected {
+            let (has, path) = (unet.add_embedding_in_features, model.path().display());
+            let message =
+                format!("{path}: the UNet's added embedding takes {has} values, the text encoder gives {expected}");
+            return Err(Error::setup("model_invalid", message));
+        }
+        let default_size = (unet.sample_size * vae.scale_factor) as u32;
+        let facts = ModelFacts {
+            name: model.name(),
+            default_height: default_size,
+            default_width: default_size,
+            default_scheduler: default_scheduler(&scheduler_config)?,
+        };
+        Ok(StableDiffusionXlPipeline {
+            force_zeros_for_empty_prompt: model.force_zeros_for_empty_prompt(),
+            facts,
+            text_stages,
+            unet,
+            unet_config,
+            vae,
+            vae_config,
+            vae_float32: None,
+            scheduler_config,
+            settings,
+        })
+    }
+
+    fn decode(&mut self, latents: &Tensor, params: &GenerateParams, warnings: &mut Vec<String>) -> Result<RgbImage> {
+        let tiled = self.decodes_in_tiles(params);
+        let run = |vae: &Vae| {
+            if tiled {
+                vae.tiled_decode(latents)
+            } else {
+                vae.decode(latents)
+            }
+        };
+        let mut image = run(&self.vae)?;
+        if !is_finite(&image) && self.vae.kind() != Kind::Float {
+            if self.vae_float32.is_none() {
+                let (model, graphs) = (
+                    ModelDir::open(&self.settings.model)?,
+                    GraphSet::open(&self.settings.graphs)?,
+                );
+                self.vae_float32 = Some(load_vae(
+                    &self.settings,
+                    &model,
+                    &graphs,
+                    &self.vae_config,
+                    Kind::Float,
+                )?);
+            }
+            warnings.push("the VAE overflowed in 16 bits; the picture was decoded again in float32".into());
+            image = run(self.vae_float32.as_ref().expect("just loaded"))?;
+        }
+        if !is_finite(&image) {
+            let message = "the decoded picture is not finite: the VAE's weights are damaged";
+            return Err(Error::new(ErrorClass::Internal, "non_finite_image", message));
+        }
+        Ok(image_processor::postprocess(&image))
+    }
+
+    fn decodes_in_tiles(&self, params: &GenerateParams) -> bool {
+        match self.settings.vae_tiling {
+            VaeTiling::Always => true,
+            VaeTiling::Never => false,
+            VaeTiling::Above(pixels) => u64::from(params.height) * u64::from(params.width) > pixels,
+        }
+    }
+}
+
+impl Pipeline for StableDiffusionXlPipeline {
+    fn facts(&self) -> ModelFacts {
+        self.facts.clone()
+    }
+
+    fn generate(&mut self, params: &GenerateParams, context: &JobContext) -> Result<Generation> {
+        let _no_grad = tch::no_grad_guard();
+        let (kind, device) = (self.settings.kind, self.settings.device);
+        let mut timings = Timings::default();
+        let mut warnings = Vec::new();
+        let guidance = Guidance {
+            scale: params.guidance_scale,
+            rescale: params.guidance_rescale,
+        };
+        self.check_memory(params, &guidance)?;
+
+        // 1. encode the prompts
+        let started = Instant::now();
+        let encoder = PromptEncoder {
+            stages: &self.text_stages,
+            force_zeros_for_empty_prompt: self.force_zeros_for_empty_prompt,
+            kind,
+            device,
+        };
+        let conditions = encoder.encode(params, guidance.is_on(), &mut warnings)?;
+        timings.add("encode_prompt", started.elapsed());
+
+        // 2. set up the schedule, and the first latents
+        let started = Instant::now();
+        let scheduler_kind = params.scheduler.unwrap_or(self.facts.default_scheduler);
+        let config = match params.sigma_schedule {
+            Some(SigmaSchedule::Karras) => self.scheduler_config.clone().with_karras_sigmas(),
+            None => self.scheduler_config.clone(),
+        };
+        let options = StepOptions {
+            num_inference_steps: params.num_inference_steps,
+            eta: params.eta,
+        };
+        let mut scheduler = schedulers::build(scheduler_kind, &config, options)?;
+        let mut noise = NoiseSource::new(params.seed, params.num_images as usize)?;
+        let side = |pixels: u32| i64::from(pixels) / self.vae.scale_factor;
+        let shape = [self.unet.in_channels, side(params.height), side(params.width)];
+        let latents = noise.randn(&shape, kind)?.to_device(device) * scheduler.init_noise_sigma();
+        timings.add("prepare", started.elapsed());
+
+        // 3. denoise
+        let started = Instant::now();
+        let latents = denoise(
+            &self.unet,
+            &conditions,
+            &guidance,
+            scheduler.as_mut(),
+            &mut noise,
+            latents,
+            context,
+        )?;
+        timings.add("denoise", started.elapsed());
+
+        // 4. decode, one image after the other: the decoder's activations are the largest of the run
+        let started = Instant::now();
+        context.report(Progress::Decoding);
+        let mut images = Vec::new();
+        for i in 0..params.num_images as i64 {
+            context.check_cancelled()?;
+            images.push(self.decode(&latents.narrow(0, i, 1), params, &mut warnings)?);
+        }
+        timings.add("decode", started.elapsed());
+        warnings.dedup();
+
+        let latents = latents.to_device(Device::Cpu).to_kind(Kind::Float);
+        Ok(Generation {
+            images,
+            latents,
+            scheduler: scheduler_kind,
+            timings,
+            warnings,
+        })
+    }
+}
+
+/// The scheduler that the model names.
+fn default_scheduler(config: &SchedulerConfig) -> Result<SchedulerKind> {
+    let name = config.class_name.as_deref().unwrap_or("EulerDiscreteScheduler");
+    SchedulerKind::from_name(name, "scheduler").map_err(|e| {
+        Error::setup("unsupported_model", format!("the model's own scheduler is {name}"))
+            .source(e)
+            .remedy("set `_class_name` in its scheduler_config.json to one of the supported schedulers")
+    })
+}
+
+/// A component's weights, in the files that suit `kind`: half the bytes are read where a 16-bit copy is there.
+fn checkpoint(settings: &Settings, model: &ModelDir, component: &str, kind: Kind) -> Result<Checkpoint> {
+    let variants = match settings.variant.as_deref() {
+        Some(variant) => [Some(variant), None],
+        None if kind == Kind::Float => [None, Some("fp16")],
+        None => [Some("fp16"), None],
+    };
+    Checkpoint::open(component, &model.component(component), &variants)
+}
+
+fn load_text_stage(settings: &Settings, model: &ModelDir, graphs: &GraphSet, suffix: &str) -> Result<TextStage> {
+    let _no_grad = tch::no_grad_guard();
+    let component = format!("text_encoder{suffix}");
+    let weights = checkpoint(settings, model, &component, settings.kind)?;
+    let target = (settings.kind, settings.device);
+    let config = model.config(&component)?;
+    Ok(TextStage {
+        tokenizer: ClipTokenizer::load(&model.component(&format!("tokenizer{suffix}")))?,
+        encoder: TextEncoder::load(&component, graphs, &config, weights, model.path(), target)?,
+    })
+}
+
+fn load_vae(settings: &Settings, model: &ModelDir, graphs: &GraphSet, config: &Value, kind: Kind) -> Result<Vae> {
+    let _no_grad = tch::no_grad_guard();
+    let weights = checkpoint(settings, model, "vae", kind)?;
+    Vae::load(graphs, config, weights, model.path(), (kind, settings.device))
+}

@@ -1,0 +1,89 @@
+//! Declarations of `shim.cpp`, and of what torch-sys declares but tch does not pass on.
+
+use std::ffi::{CStr, c_char, c_int, c_void};
+
+use anyhow::{Result, anyhow};
+use tch::Kind;
+pub(super) use torch_sys::{C_tensor, CModule_, atm_free, atm_load_on_device, get_and_reset_last_err};
+
+#[repr(C)]
+pub(super) struct Generator {
+    _private: [u8; 0],
+}
+
+/// Receives tensors that the shim hands out; the receiver owns each.
+pub(super) type TensorSink = extern "C" fn(context: *mut c_void, name: *const c_char, tensor: *mut C_tensor);
+
+unsafe extern "C" {
+    pub(super) fn shim_free_message(message: *mut c_char);
+    pub(super) fn shim_from_mapping(
+        data: *mut c_void,
+        sizes: *const i64,
+        dims: usize,
+        kind: c_int,
+        owner: *mut c_void,
+        release: extern "C" fn(*mut c_void),
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    pub(super) fn shim_module_parameters(module: *mut CModule_, context: *mut c_void, sink: TensorSink) -> *mut c_char;
+    pub(super) fn shim_module_buffers(module: *mut CModule_, context: *mut c_void, sink: TensorSink) -> *mut c_char;
+    pub(super) fn shim_module_forward(
+        module: *mut CModule_,
+        inputs: *const *const C_tensor,
+        count: usize,
+        context: *mut c_void,
+        sink: TensorSink,
+    ) -> *mut c_char;
+    pub(super) fn shim_generator_new(seed: u64, out: *mut *mut Generator) -> *mut c_char;
+    pub(super) fn shim_generator_free(generator: *mut Generator);
+    pub(super) fn shim_randn(
+        generator: *mut Generator,
+        sizes: *const i64,
+        dims: usize,
+        kind: c_int,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    pub(super) fn shim_empty_cache() -> *mut c_char;
+    pub(super) fn shim_memory_info(device: c_int, free_bytes: *mut u64, total_bytes: *mut u64) -> *mut c_char;
+    pub(super) fn shim_set_attention(flash: bool, efficient: bool, cudnn: bool, math: bool) -> *mut c_char;
+    pub(super) fn shim_allow_tf32(allow: bool) -> *mut c_char;
+}
+
+/// Turns the shim's answer into a `Result`, and frees the message.
+pub(super) fn check(message: *mut c_char) -> Result<()> {
+    if message.is_null() {
+        return Ok(());
+    }
+    // SAFETY: the shim gives a NUL-terminated string from malloc, ours to free.
+    let text = unsafe {
+        let text = CStr::from_ptr(message).to_string_lossy().into_owned();
+        shim_free_message(message);
+        text
+    };
+    Err(anyhow!(text))
+}
+
+/// The error that the last torch-sys call on this thread left behind, if any.
+pub(super) fn check_last_error() -> Result<()> {
+    // SAFETY: the message is from malloc, ours to free; null when there was no error.
+    check(unsafe { get_and_reset_last_err() })
+}
+
+/// torch's number for a dtype (`c10::ScalarType`).
+pub(super) fn kind_code(kind: Kind) -> c_int {
+    match kind {
+        Kind::Uint8 => 0,
+        Kind::Int8 => 1,
+        Kind::Int16 => 2,
+        Kind::Int => 3,
+        Kind::Int64 => 4,
+        Kind::Half => 5,
+        Kind::Float => 6,
+        Kind::Double => 7,
+        Kind::Bool => 11,
+        Kind::BFloat16 => 15,
+        Kind::Float8e5m2 => 23,
+        Kind::Float8e4m3fn => 24,
+        other => unreachable!("no weight file holds {other:?}"),
+    }
+}

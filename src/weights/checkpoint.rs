@@ -1,0 +1,149 @@
+//! A component's weights: one file or several shards, found by the Hub's naming, under the graphs' parameter names.
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use tch::Tensor;
+
+use super::safetensors::MappedFile;
+use crate::error::{Error, Result};
+
+pub struct Checkpoint {
+    dir: PathBuf,
+    files: Vec<MappedFile>,
+    /// Parameter name to (file, name in the file).
+    tensors: HashMap<String, (usize, String)>,
+}
+
+/// `*.safetensors.index.json`: which shard holds which tensor.
+#[derive(Deserialize)]
+struct Index {
+    weight_map: HashMap<String, String>,
+}
+
+impl Checkpoint {
+    /// Opens the weights of `component` (`unet`, `vae`, ...) in `dir`.
+    ///
+    /// `variants` are tried in order (`None` is the plain name); the first that is there wins.
+    pub fn open(component: &str, dir: &Path, variants: &[Option<&str>]) -> Result<Self> {
+        let paths = find_files(dir, variants)?;
+        let files = paths
+            .iter()
+            .map(|path| MappedFile::open(path))
+            .collect::<Result<Vec<_>>>()?;
+        let mut tensors = HashMap::new();
+        for (index, file) in files.iter().enumerate() {
+            for name in file.names().filter(|name| !is_derived(name)) {
+                let duplicate = tensors.insert(parameter_name(component, name), (index, name.to_owned()));
+                if duplicate.is_some() {
+                    let message = format!("{} has {name} twice", dir.display());
+                    return Err(Error::setup("weights_damaged", message).remedy("download the files again"));
+                }
+            }
+        }
+        Ok(Checkpoint {
+            dir: dir.to_owned(),
+            files,
+            tensors,
+        })
+    }
+
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    pub(super) fn shape(&self, name: &str) -> Option<&[i64]> {
+        let (file, stored) = self.tensors.get(name)?;
+        self.files[*file].shape(stored)
+    }
+
+    pub(super) fn tensor(&self, name: &str) -> Result<Tensor> {
+        let (file, stored) = &self.tensors[name];
+        self.files[*file].tensor(stored)
+    }
+
+    pub(super) fn describe(&self) -> String {
+        self.dir.display().to_string()
+    }
+}
+
+/// The files that hold the weights: for each variant the single file, then the shards that an index names.
+fn find_files(dir: &Path, variants: &[Option<&str>]) -> Result<Vec<PathBuf>> {
+    let mut tried = Vec::new();
+    for variant in variants {
+        for stem in ["diffusion_pytorch_model", "model"] {
+            let variant_dot = variant.map(|v| format!(".{v}")).unwrap_or_default();
+            let single = dir.join(format!("{stem}{variant_dot}.safetensors"));
+            if single.is_file() {
+                return Ok(vec![single]);
+            }
+            tried.push(single);
+            // two ways of naming an index with a variant have been written
+            for index in [
+                format!("{stem}.safetensors.index{variant_dot}.json"),
+                format!("{stem}{variant_dot}.safetensors.index.json"),
+            ] {
+                let index = dir.join(index);
+                if index.is_file() {
+                    return shards(dir, &index);
+                }
+            }
+        }
+    }
+    let names = tried
+        .iter()
+        .filter_map(|p| p.file_name())
+        .map(|n| n.to_string_lossy())
+        .collect::<Vec<_>>()
+        .join(", ");
+    Err(Error::setup(
+        "weights_missing",
+        format!("{} holds no weights; looked for {names}", dir.display()),
+    )
+    .remedy("check --model and --variant; only safetensors files are read"))
+}
+
+fn shards(dir: &Path, index: &Path) -> Result<Vec<PathBuf>> {
+    let damaged = |message: String| {
+        Error::setup("weights_damaged", format!("{}: {message}", index.display())).remedy("download the files again")
+    };
+    let text = std::fs::read_to_string(index).map_err(|e| damaged("cannot be read".into()).source(e))?;
+    let index: Index = serde_json::from_str(&text).map_err(|e| damaged("not an index".into()).source(e))?;
+    let names: BTreeSet<&String> = index.weight_map.values().collect();
+    let paths: Vec<PathBuf> = names.into_iter().map(|name| dir.join(name)).collect();
+    match paths.iter().find(|path| !path.is_file()) {
+        Some(gone) => Err(damaged(format!("the shard {} is not there", gone.display()))),
+        None => Ok(paths),
+    }
+}
+
+/// Tables that old checkpoints carry and every model computes for itself.
+fn is_derived(name: &str) -> bool {
+    name.ends_with("embeddings.position_ids")
+}
+
+/// The graph's name for a stored tensor. Hub checkpoints of the text encoders carry `text_model.`, which transformers 5
+/// no longer writes; old VAE checkpoints use the first names of the attention's parts.
+fn parameter_name(component: &str, stored: &str) -> String {
+    if component.starts_with("text_encoder") {
+        let whole = stored.starts_with("text_model.") || stored.starts_with("text_projection.");
+        return if whole {
+            stored.to_owned()
+        } else {
+            format!("text_model.{stored}")
+        };
+    }
+    if component == "vae" && stored.contains(".attentions.") {
+        let renames = [
+            (".query.", ".to_q."),
+            (".key.", ".to_k."),
+            (".value.", ".to_v."),
+            (".proj_attn.", ".to_out.0."),
+        ];
+        if let Some((old, new)) = renames.iter().find(|(old, _)| stored.contains(old)) {
+            return stored.replace(old, new);
+        }
+    }
+    stored.to_owned()
+}

@@ -1,0 +1,97 @@
+"""What a graph must hold before it is kept. Each check raises `ExportError` and names the fault."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import zipfile
+
+import torch
+from torch import Tensor, nn
+
+from configs import SHAPE_KEYS, Config, ExportError
+from graphs import Graph, Size, Tensors
+from tracing import all_nodes, example, is_tensor_constant, packed, trace
+
+# Other than the traced size; 9x22 and 7x30 latents are multiples of 8 pixels and not of 32.
+SIZES = (Size(1, 16, 16), Size(3, 9, 22), Size(2, 7, 30, tokens=154))
+
+# Operators that make a tensor from nothing: where they put it was decided by the machine that traced.
+FACTORIES = {"arange", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "scalar_tensor", "tensor", "zeros"}
+
+
+def no_device(traced: torch.jit.ScriptModule) -> None:
+    """No device in the graph, no tensor constant (it lives on the device of the trace), no factory call: one graph runs
+    on the CPU, on CUDA and on MPS."""
+    graph = traced.inlined_graph
+    for node in all_nodes(graph):
+        kind = node.kind()
+        if kind == "prim::Constant" and node.output().type().kind() == "DeviceObjType":
+            # `to` and the like carry the device as an optional argument; None does not show up here.
+            raise ExportError(f"device constant in the graph: {str(node).strip()}")
+        if is_tensor_constant(node):
+            raise ExportError(f"tensor constant in the graph, it must be a buffer: {str(node).strip()}")
+        if kind.removeprefix("aten::") in FACTORIES:
+            raise ExportError(f"a tensor is made inside the graph, on a fixed device: {str(node).strip()}")
+
+
+def weightless(data: bytes) -> None:
+    """No parameter stores more than one element."""
+    module = torch.jit.load(io.BytesIO(data), map_location="cpu")
+    for name, parameter in module.named_parameters():
+        stored = parameter.untyped_storage().nbytes() // parameter.element_size()
+        if stored > 1:
+            raise ExportError(f"parameter {name} stores {stored} elements; a graph carries no weights")
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        debug = [name for name in archive.namelist() if name.endswith(".debug_pkl")]
+    if debug:
+        raise ExportError(f"debug records left in the file: {debug[:3]}")
+
+
+def equals_eager(kind: type[Graph], config: Config, dtype: str) -> None:
+    """On a small configuration with random weights, the saved and loaded graph answers what the library's own module
+    answers, to the bit, at sizes and batches that were not traced."""
+    torch.manual_seed(0)
+    small = kind.shrink(config)
+    data_type = getattr(torch, dtype)
+    reference = kind.eager(small).eval().to(data_type)
+    graph = kind(kind.eager(small).eval().to(data_type)).eval()
+    bind(graph, weights(kind, reference))
+    data = packed(trace(graph, example(kind, small, dtype)))
+    graph_file = torch.jit.load(io.BytesIO(data), map_location="cpu")
+    for size in SIZES:
+        inputs = example(kind, small, dtype, size)
+        same(graph_file(*inputs), kind.reference(reference, *inputs), f"{kind.component} {dtype} at {size}")
+
+
+def weights(kind: type[Graph], module: nn.Module) -> dict[str, Tensor]:
+    return {kind.hub_name(name): value for name, value in module.named_parameters()}
+
+
+def bind(graph: nn.Module, values: dict[str, Tensor]) -> None:
+    for name, parameter in graph.named_parameters():
+        if name not in values:
+            raise ExportError(f"parameter {name} has no counterpart under the Hub's names")
+        parameter.data = values[name].data
+
+
+def same(actual: Tensors, expected: Tensors, where: str) -> None:
+    if len(actual) != len(expected):
+        raise ExportError(f"{where}: {len(actual)} outputs, eager has {len(expected)}")
+    for index, (ours, theirs) in enumerate(zip(actual, expected)):
+        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+            raise ExportError(
+                f"{where}: output {index} is {ours.dtype}{list(ours.shape)}, eager {theirs.dtype}{list(theirs.shape)}"
+            )
+        if not torch.equal(ours, theirs):
+            difference = (ours.double() - theirs.double()).abs().max().item()
+            raise ExportError(f"{where}: output {index} differs from eager by up to {difference:.3g}")
+
+
+def defaults(kind: type[Graph]) -> None:
+    """The defaults in `configs.py` are those of the installed class."""
+    actual = {name: item.default for name, item in inspect.signature(kind.defaults_of.__init__).parameters.items()}
+    for key, value in SHAPE_KEYS[kind.class_name].items():
+        theirs = list(actual[key]) if isinstance(actual.get(key), tuple) else actual.get(key)
+        if key not in actual or theirs != value:
+            raise ExportError(f"{kind.class_name}: default of {key} is {theirs!r} here, configs.py says {value!r}")

@@ -1,0 +1,104 @@
+"""Exports weightless TorchScript graphs for SDXL models, from their configuration files alone.
+
+    python torchscript/export.py --arch sdxl --dtype float32 --out graphs
+    python torchscript/export.py --model models/tiny --dtype float16 --dtype bfloat16 --out graphs
+
+Adds to the manifest that is in the folder. A graph that is already there, made by the same code and versions, is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import manifest
+from configs import ARCHS, SHAPE_KEYS, ExportError, Job, jobs, read_model
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def export(job: Job, out: Path) -> int:
+    """Makes one graph, checks it, writes it and its manifest entry. Returns the file's size."""
+    # Here and not above: torch and its friends take seconds, and a run that finds everything in place needs none of it.
+    import checks
+    import tracing
+    from graphs import KINDS
+
+    kind = KINDS[job.component]
+    checks.defaults(kind)
+    checks.equals_eager(kind, job.config, job.dtype)
+
+    inputs = tracing.example(kind, job.config, job.dtype)
+    traced = tracing.trace(tracing.stub(kind, job.config, job.dtype), inputs)
+    checks.no_device(traced)
+    data = tracing.packed(traced)
+    checks.weightless(data)
+
+    manifest.write_atomically(out / job.file, data)
+    entry = {
+        "file": job.file,
+        "component": job.component,
+        "class": job.class_name,
+        "dtype": job.dtype,
+        "config": job.config,
+        "defaults": SHAPE_KEYS[job.class_name],
+        "inputs": [vars(port) for port in kind.inputs(job.config, job.dtype)],
+        "outputs": [vars(port) for port in kind.outputs(job.config, job.dtype)],
+        "parameters": {name: list(parameter.shape) for name, parameter in traced.named_parameters()},
+        **manifest.versions(),
+        "source": manifest.source_hash(),
+    }
+    manifest.add(out, job, entry)
+    return len(data)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", type=Path, action="append", default=[], metavar="DIR", help="a diffusers folder; may be repeated"
+    )
+    names = sorted(path.name for path in ARCHS.iterdir())
+    parser.add_argument("--arch", choices=names, action="append", default=[], help="an architecture that ships with us")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="may be repeated; float32 when not given")
+    parser.add_argument("--out", type=Path, required=True, metavar="G", help="folder of graphs and manifest.json")
+    parser.add_argument("--force", action="store_true", help="export again what is already there")
+    options = parser.parse_args(arguments)
+    if not options.model and not options.arch:
+        parser.error("name at least one --model or --arch")
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    folders = [ARCHS / name for name in options.arch] + options.model
+    models = [model for folder in folders for model in read_model(folder)]
+    wanted = jobs(models, options.dtype or ["float32"])
+    options.out.mkdir(parents=True, exist_ok=True)
+    entries = manifest.load(options.out)
+    missing = [job for job in wanted if options.force or not manifest.is_current(options.out, entries, job)]
+    if len(missing) < len(wanted):
+        print(f"{options.out}: {len(wanted) - len(missing)} of {len(wanted)} graphs are there already", flush=True)
+    if missing:
+        print(f"making {len(missing)} graphs", flush=True)
+        import graphs  # noqa: F401  # the slow imports, so that the first graph's time is its own
+    for job in missing:
+        start = time.monotonic()
+        try:
+            size = export(job, options.out)
+        except ExportError as error:
+            raise ExportError(f"{job.component} ({job.dtype}): {error}") from error
+        print(f"{job.file:<44} {size / 1e6:6.2f} MB {time.monotonic() - start:6.1f} s", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        run(parse(arguments))
+    except ExportError as error:
+        print(f"export failed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""From an eager module to the bytes of a weightless TorchScript file."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from configs import Config, ExportError
+from graphs import Graph, Size, Tensors
+
+# Odd, so that every upsampling takes its size from the skip it meets and then fits odd and even sizes alike; a batch of
+# two, so that no dimension of one is taken for a broadcast.
+TRACED = Size(2, 17, 19)
+
+
+def stub(kind: type[Graph], config: Config, dtype: str) -> Graph:
+    """The graph's module with one shared zero seen through stride 0 as every parameter: full shapes, no memory."""
+    with torch.device("meta"):
+        module = kind.eager(config).eval()
+    graph = kind(module).eval()
+    zero = torch.zeros((), dtype=getattr(torch, dtype))
+    for owner in graph.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            setattr(owner, name, nn.Parameter(zero.expand(parameter.shape), requires_grad=False))
+    left = [name for name, buffer in graph.named_buffers() if buffer.is_meta]
+    if left:
+        raise ExportError(f"{kind.component}: buffers without data: {left}")
+    return graph
+
+
+def example(kind: type[Graph], config: Config, dtype: str, size: Size = TRACED) -> Tensors:
+    """Random inputs of a size, in the ranges the model sees."""
+    generator = torch.Generator().manual_seed(size.height)
+    tensors: list[Tensor] = []
+    for port in kind.inputs(config, dtype):
+        shape = [size.of(dimension) for dimension in port.shape]
+        if port.name == "input_ids":
+            tensor = torch.randint(3, config["vocab_size"] - 1, shape, generator=generator)
+            for row in tensor:  # the end token somewhere in each row: it decides what is pooled
+                end = config["vocab_size"] - 1 if config["eos_token_id"] == 2 else config["eos_token_id"]
+                row[int(torch.randint(5, shape[1], (), generator=generator)) :] = end
+        elif port.name == "timestep":
+            tensor = torch.rand(shape, generator=generator) * 999
+        elif port.name == "time_ids":
+            tensor = torch.randint(0, 1024, shape, generator=generator)
+        else:
+            tensor = torch.randn(shape, generator=generator)
+        tensors.append(tensor.to(getattr(torch, port.dtype)))
+    return tuple(tensors)
+
+
+def trace(graph: nn.Module, inputs: Tensors) -> torch.jit.ScriptModule:
+    with warnings.catch_warnings(), torch.no_grad():
+        # Branches on sizes are warned about; that they are taken alike at every size is what checks.py proves.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        traced = torch.jit.trace(graph, inputs, check_trace=False)
+    for module in traced.modules():
+        if module._c._has_method("forward"):
+            inline_numbers(module.graph)
+    return traced
+
+
+def inline_numbers(graph: torch._C.Graph) -> None:
+    """Turns the one-number tensors that a trace makes of Python numbers (`1.702 * x`) back into numbers. As tensors they
+    sit on the traced device in float64, which MPS does not even have."""
+    for node in list(all_nodes(graph)):
+        if is_tensor_constant(node) and node.t("value").dim() == 0:
+            number = graph.create("prim::Constant")
+            value = node.t("value").item()
+            if isinstance(value, float):
+                number.f_("value", value).output().setType(torch._C.FloatType.get())
+            else:
+                number.i_("value", int(value)).output().setType(torch._C.IntType.get())
+            number.insertBefore(node)
+            node.output().replaceAllUsesWith(number.output())
+            node.destroy()
+
+
+def is_tensor_constant(node: torch._C.Node) -> bool:
+    return node.kind() == "prim::Constant" and node.output().type().isSubtypeOf(torch._C.TensorType.get())
+
+
+def all_nodes(block: torch._C.Graph | torch._C.Block) -> Iterator[torch._C.Node]:
+    for node in block.nodes():
+        yield node
+        for inner in node.blocks():
+            yield from all_nodes(inner)
+
+
+def packed(traced: torch.jit.ScriptModule) -> bytes:
+    """The file's bytes, without the debug records (source positions in this machine's folders, a third of the size)."""
+    full = io.BytesIO()
+    torch.jit.save(traced, full)
+    reader = torch._C.PyTorchFileReader(io.BytesIO(full.getvalue()))
+    out = io.BytesIO()
+    writer = torch._C.PyTorchFileWriter(out)
+    for name in reader.get_all_records():
+        # The writer adds these itself.
+        if not name.endswith(".debug_pkl") and name not in ("version", "byteorder", ".data/serialization_id"):
+            record = reader.get_record(name)
+            writer.write_record(name, record, len(record))
+    writer.write_end_of_file()
+    return out.getvalue()
