@@ -75,6 +75,9 @@ pub enum Command {
     /// Read a JSON list of strings on standard input and print the token ids of both tokenizers
     #[command(hide = true)]
     Tokenize,
+    /// Run one request several times in one process and print each reply's timings as a line of JSON
+    #[command(hide = true)]
+    Bench(BenchArgs),
 }
 
 /// Which model runs, and on what. Accepted before and after any command.
@@ -192,6 +195,17 @@ pub struct GenerateArgs {
     /// No progress bar
     #[arg(long, short, help_heading = "Result")]
     pub quiet: bool,
+}
+
+/// What the benchmark repeats.
+#[derive(Debug, Clone, Args)]
+pub struct BenchArgs {
+    /// Request as JSON
+    #[arg(long, value_name = "FILE")]
+    pub input: PathBuf,
+    /// How often it runs
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub repeat: usize,
 }
 
 /// Flags of RunPod's SDK, so that a start command written for it works here.

@@ -131,7 +131,9 @@ fn panic_text(payload: &(dyn Any + Send)) -> String {
 
 /// torch's words, on CUDA and on the CPU.
 fn is_out_of_memory(text: &str) -> bool {
-    text.contains("out of memory") || text.contains("not enough memory")
+    ["out of memory", "not enough memory", "allocate memory"]
+        .iter()
+        .any(|words| text.contains(words))
 }
 
 fn out_of_memory(text: &str) -> Error {
@@ -176,7 +178,7 @@ mod tests {
                         Tensor::zeros([2], (Kind::Float, Device::Cpu)) + Tensor::zeros([3], (Kind::Float, Device::Cpu));
                 }
                 "memory" => {
-                    let _ = Tensor::zeros([1 << 60], (Kind::Float, Device::Cpu));
+                    let _ = Tensor::zeros([1 << 45], (Kind::Float, Device::Cpu));
                 }
                 "wait" => loop {
                     context.check_cancelled()?;

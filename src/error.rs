@@ -4,6 +4,7 @@
 //! keys of RunPod's failure report beside our own, and is the same on the command line, over HTTP and in a job.
 
 use std::fmt;
+use std::io::{IsTerminal, stderr};
 
 /// What an error means to whoever asked. Decides exit status, HTTP status and log level.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -89,6 +90,19 @@ impl Error {
     pub fn source(mut self, source: impl Into<anyhow::Error>) -> Self {
         self.source = Some(source.into());
         self
+    }
+
+    /// Ends a command: words for a person on stderr, and, unless a person is watching, the JSON object as the last line.
+    pub fn print(&self) {
+        eprintln!("error: {self}");
+        self.print_json();
+    }
+
+    /// The last line alone, where the words have been said.
+    pub fn print_json(&self) {
+        if !stderr().is_terminal() {
+            eprintln!("{}", self.to_json());
+        }
     }
 
     /// The error as one JSON object: RunPod's keys (`error_type`, `error_message`, `error_traceback`, ...), then ours.

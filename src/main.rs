@@ -22,7 +22,6 @@ mod libtorch;
 
 use std::env;
 use std::ffi::OsString;
-use std::io::{IsTerminal, stderr};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command as Process, ExitCode};
@@ -44,8 +43,7 @@ fn main() -> ExitCode {
     match launch(&cli, &arguments) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {error}");
-            print_json(&error);
+            error.print();
             error.class.exit_code().into()
         }
     }
@@ -61,15 +59,8 @@ fn print_usage(answer: &clap::Error) -> ExitCode {
     let first_paragraph = text.split("\n\n").next().unwrap_or_default().trim();
     let message = first_paragraph.strip_prefix("error: ").unwrap_or(first_paragraph);
     let error = Error::new(ErrorClass::InvalidInput, "usage", message).remedy("see sdxl-worker --help");
-    print_json(&error);
+    error.print_json();
     error.class.exit_code().into()
-}
-
-/// The last line on stderr, for a program; a person at a terminal has read the text.
-fn print_json(error: &Error) {
-    if !stderr().is_terminal() {
-        eprintln!("{}", error.to_json());
-    }
 }
 
 /// Becomes the engine; returns only where that cannot be.

@@ -29,10 +29,7 @@ fn main() -> ExitCode {
     match run(&cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
-            if !stderr().is_terminal() {
-                eprintln!("{}", error.to_json());
-            }
+            error.print();
             error.class.exit_code().into()
         }
     }
@@ -42,6 +39,7 @@ fn run(cli: &Cli) -> Result<()> {
     match &cli.command {
         Some(Command::Generate(options)) => commands::generate(&cli.engine, options),
         Some(Command::Doctor) => commands::doctor(&cli.engine),
+        Some(Command::Bench(options)) => commands::bench(&cli.engine, options),
         Some(Command::Tokenize) => commands::tokenize(&cli.engine),
         None => commands::run_once(&cli.engine, cli.sdk.test_input.as_deref()),
     }

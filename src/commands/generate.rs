@@ -1,6 +1,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io::{Read, Write, stdin};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use safetensors::tensor::TensorView;
@@ -76,7 +77,7 @@ fn request(options: &GenerateArgs) -> Result<Value> {
     Ok(Value::Object(request))
 }
 
-fn request_from_file(path: &Path) -> Result<Map<String, Value>> {
+pub(super) fn request_from_file(path: &Path) -> Result<Map<String, Value>> {
     let text = if path.as_os_str() == "-" {
         let mut text = String::new();
         stdin().read_to_string(&mut text).map(|_| text)
@@ -130,8 +131,6 @@ fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
     };
     write().map_err(|e| unwritable(path, e))
 }
-
-use std::os::unix::fs::PermissionsExt;
 
 /// `seed.png`, or with a number where an earlier picture has that name.
 fn free_path(folder: &Path, picture: &Picture) -> PathBuf {

@@ -1,11 +1,13 @@
 //! What the command line can do, one file each.
 
+mod bench;
 mod doctor;
 mod generate;
 mod progress;
 mod run_once;
 mod tokenize;
 
+pub use bench::bench;
 pub use doctor::doctor;
 pub use generate::generate;
 pub use run_once::run_once;

@@ -6,7 +6,7 @@ use tch::{Kind, Tensor};
 use super::config::{
     FinalSigmasType, InterpolationType, PredictionType, SchedulerConfig, TimestepSpacing, TimestepType,
 };
-use super::schedule::{alphas_cumprod, interp, linspace, spaced_timesteps};
+use super::schedule::{alphas_cumprod, interp, linspace, sigmas_of, spaced_timesteps};
 use super::{NoiseSource, Scheduler, StepOptions};
 use crate::error::{Error, Result};
 
@@ -32,7 +32,7 @@ impl EulerDiscreteScheduler {
             // Not quite zero, so that the first sigma is finite.
             *alphas_cumprod.last_mut().expect("a schedule has timesteps") = 2f32.powi(-24);
         }
-        let train_sigmas: Vec<f32> = alphas_cumprod.iter().map(|&a| ((1.0 - a) / a).sqrt()).collect();
+        let train_sigmas = sigmas_of(&alphas_cumprod);
 
         // float32 as in diffusers, also for the fractional timesteps of `linspace`
         let mut timesteps: Vec<f64> = spaced_timesteps(spacing, config, steps)

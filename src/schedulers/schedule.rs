@@ -22,6 +22,13 @@ pub(super) fn alphas_cumprod(config: &SchedulerConfig) -> Vec<f32> {
     to_vec(&(1f64 - betas).cumprod(0, None::<Kind>))
 }
 
+/// The noise level at each `alphas_cumprod`, the sample's scale taken out. By torch, whose vectorised root may round the
+/// last bit otherwise than Rust's; at zero terminal SNR that bit is 2e-4 of a sample.
+pub(super) fn sigmas_of(alphas_cumprod: &[f32]) -> Vec<f32> {
+    let alphas_cumprod = Tensor::from_slice(alphas_cumprod);
+    to_vec(&((1f64 - &alphas_cumprod) / alphas_cumprod).pow_tensor_scalar(0.5))
+}
+
 fn to_vec(tensor: &Tensor) -> Vec<f32> {
     Vec::<f32>::try_from(tensor).expect("a float32 vector")
 }

@@ -37,7 +37,7 @@ impl Mapping {
             .bytes()
             .get(start..start + numel * kind.elt_size_in_bytes())
             .context("a tensor beyond the file")?;
-        if bytes.as_ptr() as usize % kind.elt_size_in_bytes() != 0 {
+        if !(bytes.as_ptr() as usize).is_multiple_of(kind.elt_size_in_bytes()) {
             return Ok(Tensor::f_from_data_size(bytes, shape, kind)?);
         }
         extern "C" fn release(owner: *mut c_void) {
