@@ -30,8 +30,8 @@ def export(job: Job, out: Path) -> int:
     checks.defaults(kind)
     checks.equals_eager(kind, job.config, job.dtype)
 
-    inputs = tracing.example(kind, job.config, job.dtype)
-    traced = tracing.trace(tracing.stub(kind, job.config, job.dtype), inputs)
+    traced = tracing.trace(kind, job.config, job.dtype)
+    tracing.fill_blank(traced, job.dtype)
     checks.no_device(traced)
     data = tracing.packed(traced)
     checks.weightless(data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +17,43 @@ from graphs import Graph, Size, Tensors
 TRACED = Size(2, 17, 19)
 
 
-def stub(kind: type[Graph], config: Config, dtype: str) -> Graph:
-    """The graph's module with one shared zero seen through stride 0 as every parameter: full shapes, no memory."""
+def trace(kind: type[Graph], config: Config, dtype: str) -> torch.jit.ScriptModule:
+    """The graph of a configuration. Traced on the meta device, where nothing is computed or allocated: its parameters
+    are still to be filled."""
     with torch.device("meta"):
-        module = kind.eager(config).eval()
-    graph = kind(module).eval()
+        module = kind.eager(config).eval().to(getattr(torch, dtype))
+    graph = kind(module).eval().requires_grad_(False)
+    buffers = dict(graph.named_buffers())
+    without_data = [name for name, buffer in buffers.items() if buffer.is_meta]
+    if without_data:
+        raise ExportError(f"{kind.component}: buffers without data: {without_data}")
+    with warnings.catch_warnings(), torch.no_grad():
+        # Branches on sizes are warned about; that they are taken alike at every size is what checks.py proves.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        inputs = tuple(tensor.to("meta") for tensor in example(kind, config, dtype))
+        traced = torch.jit.trace(graph.to("meta"), inputs, check_trace=False)
+    fill(traced, buffers)
+    for module in traced.modules():
+        if module._c._has_method("forward"):
+            inline_numbers(module.graph)
+    return traced
+
+
+def fill(traced: torch.jit.ScriptModule, values: Mapping[str, Tensor]) -> None:
+    """Puts tensors, named from the top, in the place of the traced ones. `set_data` does not cross from meta to CPU."""
+    for path, module in traced.named_modules():
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, _ in own:
+            value = values.get(f"{path}.{name}" if path else name)
+            if value is not None:
+                module._c.setattr(name, value)
+
+
+def fill_blank(traced: torch.jit.ScriptModule, dtype: str) -> None:
+    """One shared zero seen through stride 0 as every parameter: full shapes, no weights."""
     zero = torch.zeros((), dtype=getattr(torch, dtype))
-    for owner in graph.modules():
-        for name, parameter in list(owner.named_parameters(recurse=False)):
-            setattr(owner, name, nn.Parameter(zero.expand(parameter.shape), requires_grad=False))
-    left = [name for name, buffer in graph.named_buffers() if buffer.is_meta]
-    if left:
-        raise ExportError(f"{kind.component}: buffers without data: {left}")
-    return graph
+    names = traced.named_parameters()
+    fill(traced, {name: nn.Parameter(zero.expand(meta.shape), requires_grad=False) for name, meta in names})
 
 
 def example(kind: type[Graph], config: Config, dtype: str, size: Size = TRACED) -> Tensors:
@@ -51,17 +75,6 @@ def example(kind: type[Graph], config: Config, dtype: str, size: Size = TRACED) 
             tensor = torch.randn(shape, generator=generator)
         tensors.append(tensor.to(getattr(torch, port.dtype)))
     return tuple(tensors)
-
-
-def trace(graph: nn.Module, inputs: Tensors) -> torch.jit.ScriptModule:
-    with warnings.catch_warnings(), torch.no_grad():
-        # Branches on sizes are warned about; that they are taken alike at every size is what checks.py proves.
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        traced = torch.jit.trace(graph, inputs, check_trace=False)
-    for module in traced.modules():
-        if module._c._has_method("forward"):
-            inline_numbers(module.graph)
-    return traced
 
 
 def inline_numbers(graph: torch._C.Graph) -> None:
