@@ -11,6 +11,7 @@ fn main() {
         .cpp(true)
         .std("c++17")
         .warnings(false)
+        .debug(false)
         .include(libtorch.join("include"))
         .include(libtorch.join("include/torch/csrc/api/include"))
         .file("src/torch/shim.cpp")
@@ -29,22 +30,13 @@ fn main() {
             println!("cargo:rustc-link-arg-bin=sdxl-worker-engine={argument}");
         }
     }
-    println!(
-        "cargo:rustc-env=GIT_COMMIT={}",
-        git_commit().unwrap_or_else(|| "unknown".into())
-    );
+    println!("cargo:rustc-env=GIT_COMMIT={}", git_commit().unwrap_or_else(|| "unknown".into()));
 }
 
 fn git_commit() -> Option<String> {
     if Path::new(".git/HEAD").exists() {
         println!("cargo:rerun-if-changed=.git/HEAD");
     }
-    let output = Command::new("git")
-        .args(["rev-parse", "--short", "HEAD"])
-        .output()
-        .ok()?;
-    output
-        .status
-        .success()
-        .then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    let output = Command::new("git").args(["rev-parse", "--short", "HEAD"]).output().ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }

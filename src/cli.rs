@@ -106,13 +106,7 @@ pub struct EngineArgs {
     #[arg(long, global = true, env = "THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
     /// Largest picture a request may ask for, in pixels (width x height)
-    #[arg(
-        long,
-        global = true,
-        env = "MAX_PIXELS",
-        value_name = "N",
-        default_value_t = 4_194_304
-    )]
+    #[arg(long, global = true, env = "MAX_PIXELS", value_name = "N", default_value_t = 4_194_304)]
     pub max_pixels: u64,
     /// Most pictures a request may ask for
     #[arg(long, global = true, env = "MAX_NUM_IMAGES", value_name = "N", default_value_t = 8,
@@ -125,13 +119,7 @@ pub struct EngineArgs {
     #[arg(long, global = true, env = "VAE_TILING", value_enum, default_value_t = VaeTiling::Auto)]
     pub vae_tiling: VaeTiling,
     /// Pixels (width x height) above which `--vae-tiling auto` uses tiles
-    #[arg(
-        long,
-        global = true,
-        env = "VAE_TILING_PIXELS",
-        value_name = "N",
-        default_value_t = 2_359_296
-    )]
+    #[arg(long, global = true, env = "VAE_TILING_PIXELS", value_name = "N", default_value_t = 2_359_296)]
     pub vae_tiling_pixels: u64,
     /// Attention kernel on cuda; auto leaves the choice to libtorch
     #[arg(long, global = true, env = "ATTENTION", value_enum, default_value_t = Attention::Auto)]
@@ -261,9 +249,7 @@ impl EngineArgs {
 
     /// The graphs asked for, else the default ones where they can be found.
     pub fn graphs_or_default(&self) -> Option<PathBuf> {
-        self.graphs
-            .clone()
-            .or_else(|| find_upwards(DEFAULT_GRAPHS, "manifest.json"))
+        self.graphs.clone().or_else(|| find_upwards(DEFAULT_GRAPHS, "manifest.json"))
     }
 }
 
@@ -273,11 +259,7 @@ fn find_upwards(name: &str, marker: &str) -> Option<PathBuf> {
         return Some(name.into());
     }
     let program = std::env::current_exe().ok()?;
-    program
-        .ancestors()
-        .skip(1)
-        .map(|folder| folder.join(name))
-        .find(|folder| folder.join(marker).exists())
+    program.ancestors().skip(1).map(|folder| folder.join(name)).find(|folder| folder.join(marker).exists())
 }
 
 impl GenerateArgs {
@@ -295,9 +277,7 @@ impl GenerateArgs {
             ("scheduler", self.scheduler.clone().map(Value::from)),
             ("output_format", self.output_format.clone().map(Value::from)),
         ];
-        let typed = typed
-            .into_iter()
-            .filter_map(|(key, value)| Some((key.to_owned(), value?)));
+        let typed = typed.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?)));
         let set = self.set.iter().map(|field| (field.key.clone(), field.value.clone()));
         typed.chain(set).collect()
     }

@@ -46,21 +46,15 @@ pub fn settings(arguments: &EngineArgs) -> Result<Settings> {
 
 pub fn model(arguments: &EngineArgs) -> Result<PathBuf> {
     arguments.model_or_default().map(PathBuf::from).ok_or_else(|| {
-        Error::setup(
-            "model_not_found",
-            format!("no model was named, and {} is not here", cli::DEFAULT_MODEL),
-        )
-        .remedy("run `make setup` in the project's folder, or give --model")
+        Error::setup("model_not_found", format!("no model was named, and {} is not here", cli::DEFAULT_MODEL))
+            .remedy("run `make setup` in the project's folder, or give --model")
     })
 }
 
 fn graphs(arguments: &EngineArgs) -> Result<PathBuf> {
     arguments.graphs_or_default().ok_or_else(|| {
-        Error::setup(
-            "graphs_not_found",
-            format!("no graphs were named, and {} is not here", cli::DEFAULT_GRAPHS),
-        )
-        .remedy("run `make setup` in the project's folder, or give --graphs")
+        Error::setup("graphs_not_found", format!("no graphs were named, and {} is not here", cli::DEFAULT_GRAPHS))
+            .remedy("run `make setup` in the project's folder, or give --graphs")
     })
 }
 

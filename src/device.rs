@@ -20,10 +20,9 @@ pub fn best() -> Device {
 pub fn check(device: Device) -> Result<Device> {
     let missing = match device {
         Device::Cuda(index) if (index as i64) < tch::Cuda::device_count() => None,
-        Device::Cuda(index) => Some(format!(
-            "libtorch sees {} CUDA devices, not cuda:{index}",
-            tch::Cuda::device_count()
-        )),
+        Device::Cuda(index) => {
+            Some(format!("libtorch sees {} CUDA devices, not cuda:{index}", tch::Cuda::device_count()))
+        }
         Device::Mps if !tch::utils::has_mps() => Some("this libtorch has no MPS".into()),
         Device::Vulkan => Some("Vulkan is not supported".into()),
         Device::Mps | Device::Cpu => None,

@@ -58,13 +58,7 @@ impl Engine {
     /// Runs one job and waits for it.
     pub fn generate(&self, params: GenerateParams, context: JobContext) -> Result<Generation> {
         let (answer, result) = sync_channel(1);
-        self.jobs
-            .send(Job {
-                params,
-                context,
-                answer,
-            })
-            .map_err(|_| lost())?;
+        self.jobs.send(Job { params, context, answer }).map_err(|_| lost())?;
         result.recv().map_err(|_| lost())?
     }
 }
@@ -74,12 +68,7 @@ fn lost() -> Error {
 }
 
 fn serve(pipeline: &mut impl Pipeline, queue: &Receiver<Job>) {
-    for Job {
-        params,
-        context,
-        answer,
-    } in queue
-    {
+    for Job { params, context, answer } in queue {
         let result = catch(|| {
             context.check_cancelled()?;
             pipeline.generate(&params, &context)
@@ -98,16 +87,9 @@ fn serve(pipeline: &mut impl Pipeline, queue: &Receiver<Job>) {
 fn catch<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
     match catch_unwind(AssertUnwindSafe(work)) {
         Ok(Err(error)) if error.code == "internal" => {
-            let causes = error
-                .source
-                .iter()
-                .flat_map(|e| e.chain().map(|cause| cause.to_string()).collect::<Vec<_>>());
+            let causes = error.source.iter().flat_map(|e| e.chain().map(|cause| cause.to_string()).collect::<Vec<_>>());
             let text = causes.collect::<Vec<_>>().join("\n");
-            Err(if is_out_of_memory(&text) {
-                out_of_memory(&text)
-            } else {
-                error
-            })
+            Err(if is_out_of_memory(&text) { out_of_memory(&text) } else { error })
         }
         Ok(result) => result,
         Err(payload) => {
@@ -116,34 +98,25 @@ fn catch<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
                 return Err(out_of_memory(&text));
             }
             let error = Error::new(ErrorClass::Internal, "internal", "the job failed for a reason of ours");
-            Err(error
-                .source(anyhow::anyhow!(first_line(&text).to_owned()))
-                .remedy("report it, with the request"))
+            Err(error.source(anyhow::anyhow!(first_line(&text).to_owned())).remedy("report it, with the request"))
         }
     }
 }
 
 fn panic_text(payload: &(dyn Any + Send)) -> String {
     let text = payload.downcast_ref::<&str>().map(|s| s.to_string());
-    text.or_else(|| payload.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "a panic without words".into())
+    text.or_else(|| payload.downcast_ref::<String>().cloned()).unwrap_or_else(|| "a panic without words".into())
 }
 
 /// torch's words, on CUDA and on the CPU.
 fn is_out_of_memory(text: &str) -> bool {
-    ["out of memory", "not enough memory", "allocate memory"]
-        .iter()
-        .any(|words| text.contains(words))
+    ["out of memory", "not enough memory", "allocate memory"].iter().any(|words| text.contains(words))
 }
 
 fn out_of_memory(text: &str) -> Error {
-    Error::new(
-        ErrorClass::OutOfMemory,
-        "out_of_memory",
-        "memory ran out while the job ran",
-    )
-    .source(anyhow::anyhow!(first_line(text).to_owned()))
-    .remedy("ask for a smaller size or fewer images, or decode in tiles (--vae-tiling on)")
+    Error::new(ErrorClass::OutOfMemory, "out_of_memory", "memory ran out while the job ran")
+        .source(anyhow::anyhow!(first_line(text).to_owned()))
+        .remedy("ask for a smaller size or fewer images, or decode in tiles (--vae-tiling on)")
 }
 
 /// torch's messages go on with a C++ stack.
@@ -187,13 +160,7 @@ mod tests {
             }
             let latents = Tensor::zeros([1, 4, 8, 8], (Kind::Float, Device::Cpu));
             let scheduler = SchedulerKind::EulerDiscrete;
-            Ok(Generation {
-                images: vec![],
-                latents,
-                scheduler,
-                timings: Timings::default(),
-                warnings: vec![],
-            })
+            Ok(Generation { images: vec![], latents, scheduler, timings: Timings::default(), warnings: vec![] })
         }
     }
 

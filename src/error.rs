@@ -21,6 +21,8 @@ pub enum ErrorClass {
     Cancelled,
     /// Memory ran out while the job ran.
     OutOfMemory,
+    /// The accelerator's context is gone: this process cannot compute any more, a new one can.
+    DeviceLost,
     /// The installation is wrong: model, graphs, libtorch, output folder.
     Setup,
     /// A fault of ours.
@@ -34,7 +36,7 @@ impl ErrorClass {
             ErrorClass::InvalidInput | ErrorClass::NotFound | ErrorClass::TooLarge => 2,
             ErrorClass::Setup => 3,
             ErrorClass::Cancelled => 130,
-            ErrorClass::Overloaded | ErrorClass::OutOfMemory | ErrorClass::Internal => 1,
+            ErrorClass::Overloaded | ErrorClass::OutOfMemory | ErrorClass::DeviceLost | ErrorClass::Internal => 1,
         }
     }
 }
@@ -59,14 +61,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
     pub fn new(class: ErrorClass, code: &'static str, message: impl Into<String>) -> Self {
-        Error {
-            class,
-            code,
-            message: message.into(),
-            field: None,
-            remedy: None,
-            source: None,
-        }
+        Error { class, code, message: message.into(), field: None, remedy: None, source: None }
     }
 
     pub fn invalid(code: &'static str, field: impl Into<String>, message: impl Into<String>) -> Self {
@@ -108,12 +103,7 @@ impl Error {
     /// The error as one JSON object: RunPod's keys (`error_type`, `error_message`, `error_traceback`, ...), then ours.
     pub fn to_json(&self) -> serde_json::Value {
         let env = |name: &str| std::env::var(name).unwrap_or_else(|_| "unknown".into());
-        let causes: Vec<String> = self
-            .source
-            .iter()
-            .flat_map(|e| e.chain())
-            .map(|e| e.to_string())
-            .collect();
+        let causes: Vec<String> = self.source.iter().flat_map(|e| e.chain()).map(|e| e.to_string()).collect();
         serde_json::json!({
             "error_type": self.code,
             "error_message": self.message,

@@ -51,34 +51,16 @@ pub fn run(engine: &Engine, input: &Value, limits: &Limits, context: JobContext)
     let mut pictures = Vec::new();
     for (index, image) in (0..).zip(&generation.images) {
         let own = params.for_image(index);
-        let GenerateParams {
-            output_format: format,
-            output_quality,
-            embed_metadata,
-            seed,
-            ..
-        } = own;
+        let GenerateParams { output_format: format, output_quality, embed_metadata, seed, .. } = own;
         let metadata = embed_metadata.then(|| Metadata::new(&own, generation.scheduler, &engine.facts().name));
         let bytes = media::encode(image, format, output_quality, metadata.as_ref())?;
-        let details = ImageDetails {
-            width: image.width(),
-            height: image.height(),
-            format,
-            bytes: bytes.len(),
-        };
+        let details = ImageDetails { width: image.width(), height: image.height(), format, bytes: bytes.len() };
         pictures.push(Picture { seed, bytes, details });
     }
     timings.add("encode_image", encoding.elapsed());
     timings.add("total", started.elapsed());
     let (seed, response_format) = (params.seed, params.response_format);
-    Ok(JobOutput {
-        pictures,
-        latents: generation.latents,
-        timings,
-        warnings,
-        seed,
-        response_format,
-    })
+    Ok(JobOutput { pictures, latents: generation.latents, timings, warnings, seed, response_format })
 }
 
 /// What this worker accepts: the configured limits, with the loaded model's own defaults.

@@ -21,6 +21,7 @@ pub mod device;
 pub mod engine;
 pub mod error;
 pub mod handler;
+pub mod job;
 pub mod media;
 pub mod memory;
 pub mod models;

@@ -16,11 +16,7 @@ use crate::error::{Error, Result};
 /// The release this program was compiled against: `tch` 0.24 follows libtorch 2.11.
 pub const VERSION: &str = "2.11";
 
-const LIBRARY: &str = if cfg!(target_os = "macos") {
-    "libtorch.dylib"
-} else {
-    "libtorch.so"
-};
+const LIBRARY: &str = if cfg!(target_os = "macos") { "libtorch.dylib" } else { "libtorch.so" };
 
 /// A usable libtorch.
 #[derive(Debug, PartialEq, Eq)]
@@ -58,10 +54,7 @@ impl Surroundings {
         Surroundings {
             libtorch: path("LIBTORCH"),
             any_version: path("LIBTORCH_BYPASS_VERSION_CHECK").is_some(),
-            library_path: env::var_os(library_path_variable())
-                .iter()
-                .flat_map(env::split_paths)
-                .collect(),
+            library_path: env::var_os(library_path_variable()).iter().flat_map(env::split_paths).collect(),
             virtual_env: path("VIRTUAL_ENV"),
             working_dir: env::current_dir().unwrap_or_else(|_| ".".into()),
             program_dir: program_dir.into(),
@@ -75,51 +68,27 @@ impl Surroundings {
     fn places(&self) -> impl Iterator<Item = (&'static str, Vec<PathBuf>)> + '_ {
         let above = |name: &'static str| {
             let above_program = self.program_dir.ancestors().map(move |folder| folder.join(name));
-            std::iter::once(self.working_dir.join(name))
-                .chain(above_program)
-                .collect::<Vec<_>>()
+            std::iter::once(self.working_dir.join(name)).chain(above_program).collect::<Vec<_>>()
         };
         type Place<'a> = (&'static str, Box<dyn FnOnce() -> Vec<PathBuf> + 'a>);
         let places: [Place<'_>; 8] = [
             (library_path_variable(), Box::new(|| self.library_path.clone())),
-            (
-                "a folder libtorch beside the program",
-                Box::new(|| vec![self.program_dir.join("libtorch")]),
-            ),
-            (
-                "the link .libtorch here and above the program",
-                Box::new(move || above(".libtorch")),
-            ),
+            ("a folder libtorch beside the program", Box::new(|| vec![self.program_dir.join("libtorch")])),
+            ("the link .libtorch here and above the program", Box::new(move || above(".libtorch"))),
             (
                 "VIRTUAL_ENV",
-                Box::new(|| {
-                    self.virtual_env
-                        .iter()
-                        .flat_map(|venv| packages(&venv.join("lib")))
-                        .collect()
-                }),
+                Box::new(|| self.virtual_env.iter().flat_map(|venv| packages(&venv.join("lib"))).collect()),
             ),
             (
                 ".venv here and above the program",
-                Box::new(move || {
-                    above(".venv")
-                        .iter()
-                        .flat_map(|venv| packages(&venv.join("lib")))
-                        .collect()
-                }),
+                Box::new(move || above(".venv").iter().flat_map(|venv| packages(&venv.join("lib"))).collect()),
             ),
-            (
-                "the torch package of python3 on PATH",
-                Box::new(|| self.python.iter().filter_map(torch_of).collect()),
-            ),
+            ("the torch package of python3 on PATH", Box::new(|| self.python.iter().filter_map(torch_of).collect())),
             (
                 "Python packages in /usr/local/lib and /usr/lib",
                 Box::new(|| self.python_roots.iter().flat_map(|root| packages(root)).collect()),
             ),
-            (
-                "/usr/local/libtorch and /opt/libtorch",
-                Box::new(|| self.system.clone()),
-            ),
+            ("/usr/local/libtorch and /opt/libtorch", Box::new(|| self.system.clone())),
         ];
         places.into_iter().map(|(name, folders)| (name, folders()))
     }
@@ -127,11 +96,7 @@ impl Surroundings {
 
 /// The variable that tells the dynamic loader where to look first.
 pub fn library_path_variable() -> &'static str {
-    if cfg!(target_os = "macos") {
-        "DYLD_LIBRARY_PATH"
-    } else {
-        "LD_LIBRARY_PATH"
-    }
+    if cfg!(target_os = "macos") { "DYLD_LIBRARY_PATH" } else { "LD_LIBRARY_PATH" }
 }
 
 /// Finds the libtorch to run with.
@@ -141,10 +106,8 @@ pub fn library_path_variable() -> &'static str {
 pub fn find(surroundings: &Surroundings) -> Result<Libtorch> {
     if let Some(folder) = &surroundings.libtorch {
         let Some(found) = libtorch_in(&surroundings.working_dir.join(folder)) else {
-            let message = format!(
-                "LIBTORCH is {}, and there is no {LIBRARY} in it or its lib folder",
-                folder.display()
-            );
+            let message =
+                format!("LIBTORCH is {}, and there is no {LIBRARY} in it or its lib folder", folder.display());
             return Err(Error::setup("libtorch_not_found", message)
                 .remedy("set LIBTORCH to the folder of a libtorch or torch package, or unset it to search for one"));
         };
@@ -167,10 +130,7 @@ pub fn find(surroundings: &Surroundings) -> Result<Libtorch> {
     if let Some(found) = unfit {
         return Err(wrong_version(&found));
     }
-    let message = format!(
-        "libtorch {VERSION} was not found; looked in:\n    {}",
-        looked.join("\n    ")
-    );
+    let message = format!("libtorch {VERSION} was not found; looked in:\n    {}", looked.join("\n    "));
     Err(Error::setup("libtorch_not_found", message).remedy(format!("one of these:\n    {}", REMEDIES.join("\n    "))))
 }
 
@@ -188,10 +148,7 @@ fn fits(found: &Libtorch, surroundings: &Surroundings) -> bool {
 
 fn wrong_version(found: &Libtorch) -> Error {
     let version = found.version.as_deref().unwrap_or("unknown");
-    let message = format!(
-        "libtorch {VERSION} is needed, and {} is version {version}",
-        found.lib.display()
-    );
+    let message = format!("libtorch {VERSION} is needed, and {} is version {version}", found.lib.display());
     Error::setup("libtorch_version", message).remedy(
         "pip install torch==2.11.0, or set LIBTORCH to a libtorch 2.11; \
          LIBTORCH_BYPASS_VERSION_CHECK=1 tries this one all the same",
@@ -200,9 +157,7 @@ fn wrong_version(found: &Libtorch) -> Error {
 
 /// The libtorch whose root or lib folder this is.
 fn libtorch_in(folder: &Path) -> Option<Libtorch> {
-    let lib = [folder.join("lib"), folder.into()]
-        .into_iter()
-        .find(|lib| lib.join(LIBRARY).exists())?;
+    let lib = [folder.join("lib"), folder.into()].into_iter().find(|lib| lib.join(LIBRARY).exists())?;
     let lib = lib.canonicalize().ok()?;
     let version = lib.parent().and_then(version_of);
     Some(Libtorch { lib, version })
@@ -211,9 +166,7 @@ fn libtorch_in(folder: &Path) -> Option<Libtorch> {
 /// `__version__ = '2.11.0+cu130'` of a Python package, or the one line of a libtorch archive.
 fn version_of(root: &Path) -> Option<String> {
     if let Ok(text) = fs::read_to_string(root.join("version.py")) {
-        let quoted = text
-            .lines()
-            .find_map(|line| line.strip_prefix("__version__")?.split(['\'', '"']).nth(1));
+        let quoted = text.lines().find_map(|line| line.strip_prefix("__version__")?.split(['\'', '"']).nth(1));
         if let Some(version) = quoted {
             return Some(version.to_owned());
         }
@@ -225,10 +178,9 @@ fn version_of(root: &Path) -> Option<String> {
 /// The torch packages of every Python under `lib`, as `lib/python3.12/site-packages/torch`.
 fn packages(lib: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(lib).into_iter().flatten().flatten();
-    let pythons = entries.map(|entry| entry.path()).filter(|path| {
-        path.file_name()
-            .is_some_and(|name| name.to_string_lossy().starts_with("python3"))
-    });
+    let pythons = entries
+        .map(|entry| entry.path())
+        .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("python3")));
     let mut pythons: Vec<_> = pythons.collect();
     pythons.sort();
     pythons
@@ -249,10 +201,7 @@ fn torch_of(python: &OsString) -> Option<PathBuf> {
 
 /// Runs a command whose output is short, and ends it when it takes too long.
 pub fn run_briefly(command: &mut Command, limit: Duration) -> Option<Output> {
-    let command = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
+    let command = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().ok()?;
     let start = Instant::now();
     loop {
@@ -276,11 +225,7 @@ mod tests {
     fn install(root: &Path, version: &str) -> PathBuf {
         fs::create_dir_all(root.join("lib")).unwrap();
         fs::write(root.join("lib").join(LIBRARY), "").unwrap();
-        fs::write(
-            root.join("version.py"),
-            format!("import x\n__version__ = '{version}'\ndebug = False\n"),
-        )
-        .unwrap();
+        fs::write(root.join("version.py"), format!("import x\n__version__ = '{version}'\ndebug = False\n")).unwrap();
         root.join("lib").canonicalize().unwrap()
     }
 
@@ -303,10 +248,7 @@ mod tests {
         let error = find(&machine(root.path())).unwrap_err();
         assert_eq!(error.code, "libtorch_not_found");
         assert_eq!(error.class.exit_code(), 3);
-        assert!(
-            error.message.contains("LIBTORCH: not set") && error.message.contains("VIRTUAL_ENV"),
-            "{error}"
-        );
+        assert!(error.message.contains("LIBTORCH: not set") && error.message.contains("VIRTUAL_ENV"), "{error}");
         assert!(error.remedy.unwrap().contains("pip install torch==2.11.0"));
     }
 
@@ -315,18 +257,8 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let lib = install(&root.path().join("torch"), "2.11.0+cu130");
         for named in [root.path().join("torch"), root.path().join("torch/lib")] {
-            let found = find(&Surroundings {
-                libtorch: Some(named),
-                ..machine(root.path())
-            })
-            .unwrap();
-            assert_eq!(
-                found,
-                Libtorch {
-                    lib: lib.clone(),
-                    version: Some("2.11.0+cu130".into())
-                }
-            );
+            let found = find(&Surroundings { libtorch: Some(named), ..machine(root.path()) }).unwrap();
+            assert_eq!(found, Libtorch { lib: lib.clone(), version: Some("2.11.0+cu130".into()) });
         }
     }
 
@@ -334,10 +266,7 @@ mod tests {
     fn a_libtorch_that_is_set_wrongly_is_an_error_though_another_could_be_found() {
         let root = tempfile::tempdir().unwrap();
         install(&root.path().join("project/.libtorch"), "2.11.0");
-        let wrong = Surroundings {
-            libtorch: Some(root.path().join("nowhere")),
-            ..machine(root.path())
-        };
+        let wrong = Surroundings { libtorch: Some(root.path().join("nowhere")), ..machine(root.path()) };
         let error = find(&wrong).unwrap_err();
         assert_eq!(error.code, "libtorch_not_found");
         assert!(error.message.contains("nowhere"), "{error}");
@@ -348,11 +277,8 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let lib = install(&root.path().join("site-packages/torch"), "2.11.0");
         let machine = machine(root.path());
-        std::os::unix::fs::symlink(
-            root.path().join("site-packages/torch"),
-            root.path().join("project/.libtorch"),
-        )
-        .unwrap();
+        std::os::unix::fs::symlink(root.path().join("site-packages/torch"), root.path().join("project/.libtorch"))
+            .unwrap();
         assert_eq!(find(&machine).unwrap().lib, lib);
     }
 
@@ -362,12 +288,7 @@ mod tests {
         let mut machine = machine(root.path());
         machine.system = vec![root.path().join("system")];
         machine.virtual_env = Some(root.path().join("venv"));
-        let steps = [
-            "system",
-            "venv/lib/python3.12/site-packages/torch",
-            "project/.libtorch",
-            "elsewhere/.libtorch",
-        ];
+        let steps = ["system", "venv/lib/python3.12/site-packages/torch", "project/.libtorch", "elsewhere/.libtorch"];
         for place in steps {
             let lib = install(&root.path().join(place), "2.11.0");
             assert_eq!(find(&machine).unwrap().lib, lib);
@@ -393,10 +314,7 @@ mod tests {
         let lib = install(&root.path().join("project/.libtorch"), "2.110.0");
         let error = find(&machine).unwrap_err();
         assert_eq!(error.code, "libtorch_version");
-        assert!(
-            error.message.contains("libtorch 2.11 is needed") && error.message.contains("2.110.0"),
-            "{error}"
-        );
+        assert!(error.message.contains("libtorch 2.11 is needed") && error.message.contains("2.110.0"), "{error}");
         machine.any_version = true;
         assert_eq!(find(&machine).unwrap().lib, lib);
     }

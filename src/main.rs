@@ -5,17 +5,9 @@
 //! `sdxl-worker-engine` beside it (same process, same arguments). It must not use the library crate `sdxl_worker`,
 //! which would link libtorch: the files it shares with it are compiled in again as modules.
 
-#[allow(
-    dead_code,
-    unreachable_pub,
-    reason = "shared with the library, which uses and exports all of it"
-)]
+#[allow(dead_code, unreachable_pub, reason = "shared with the library, which uses and exports all of it")]
 mod cli;
-#[allow(
-    dead_code,
-    unreachable_pub,
-    reason = "shared with the library, which uses and exports all of it"
-)]
+#[allow(dead_code, unreachable_pub, reason = "shared with the library, which uses and exports all of it")]
 mod error;
 #[allow(unreachable_pub, reason = "written like the modules of the library")]
 mod libtorch;
@@ -95,10 +87,8 @@ fn find_engine(program_dir: &Path) -> Result<PathBuf> {
     let engine = program_dir.join("sdxl-worker-engine");
     match engine.is_file() {
         true => Ok(engine),
-        false => Err(
-            Error::setup("engine_not_found", format!("{} does not exist", engine.display()))
-                .remedy("keep sdxl-worker and sdxl-worker-engine in one folder; cargo build --release makes both"),
-        ),
+        false => Err(Error::setup("engine_not_found", format!("{} does not exist", engine.display()))
+            .remedy("keep sdxl-worker and sdxl-worker-engine in one folder; cargo build --release makes both")),
     }
 }
 
@@ -124,19 +114,14 @@ fn with_libtorch(engine: &Path, libtorch: Option<&Libtorch>) -> Process {
         let folders = std::iter::once(libtorch.lib.clone()).chain(set.iter().flat_map(env::split_paths));
         // A folder with a colon in its name cannot be in a list of folders; then it has to do alone.
         let folders = env::join_paths(folders).unwrap_or_else(|_| libtorch.lib.clone().into());
-        process
-            .env(library_path_variable(), folders)
-            .env(FOUND_LIBTORCH, &libtorch.lib);
+        process.env(library_path_variable(), folders).env(FOUND_LIBTORCH, &libtorch.lib);
     }
     process
 }
 
 /// Starts the engine just far enough to see that its libraries load; the error is the loader's own words.
 fn start_engine(engine: &Path, libtorch: Option<&Libtorch>) -> Result<(), String> {
-    let output = run_briefly(
-        with_libtorch(engine, libtorch).arg("--version"),
-        Duration::from_secs(60),
-    );
+    let output = run_briefly(with_libtorch(engine, libtorch).arg("--version"), Duration::from_secs(60));
     match output {
         Some(output) if output.status.success() => Ok(()),
         Some(output) => Err(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
@@ -169,9 +154,7 @@ fn report_installation(
     let words = |error: &Error| (error.message.clone(), error.remedy.clone().unwrap_or_default());
 
     println!("sdxl-worker {}\n", env!("CARGO_PKG_VERSION"));
-    let unloadable = loads
-        .err()
-        .map(|loader| (format!("it does not start: {loader}"), REINSTALL.to_owned()));
+    let unloadable = loads.err().map(|loader| (format!("it does not start: {loader}"), REINSTALL.to_owned()));
     line(
         "engine",
         match (engine, unloadable) {
@@ -185,11 +168,9 @@ fn report_installation(
         match libtorch {
             Err(error) => Err(words(error)),
             Ok(None) => Ok("found by the system's loader".into()),
-            Ok(Some(found)) => Ok(format!(
-                "{} {}",
-                found.version.as_deref().unwrap_or("of unknown version"),
-                found.lib.display()
-            )),
+            Ok(Some(found)) => {
+                Ok(format!("{} {}", found.version.as_deref().unwrap_or("of unknown version"), found.lib.display()))
+            }
         },
     );
     let make_setup = || "make setup, in the project's folder, or name another with --model and --graphs".to_owned();
@@ -198,10 +179,7 @@ fn report_installation(
         match arguments.model_or_default() {
             Some(model) if Path::new(&model).exists() => Ok(model),
             Some(model) => Err((format!("{model} does not exist"), make_setup())),
-            None => Err((
-                format!("{DEFAULT_MODEL} is not here or above the program"),
-                make_setup(),
-            )),
+            None => Err((format!("{DEFAULT_MODEL} is not here or above the program"), make_setup())),
         },
     );
     line(
@@ -209,10 +187,7 @@ fn report_installation(
         match arguments.graphs_or_default() {
             Some(graphs) if graphs.join("manifest.json").exists() => Ok(graphs.display().to_string()),
             Some(graphs) => Err((format!("{} has no manifest.json", graphs.display()), make_setup())),
-            None => Err((
-                format!("{DEFAULT_GRAPHS} is not here or above the program"),
-                make_setup(),
-            )),
+            None => Err((format!("{DEFAULT_GRAPHS} is not here or above the program"), make_setup())),
         },
     );
     println!("  device    unknown  libtorch has to run to tell\n\nTo do:");

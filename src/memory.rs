@@ -7,21 +7,13 @@ use std::path::Path;
 /// Bytes of host memory that can still be used: the least of what the machine has free and what the cgroups allow.
 /// `None` where neither can be read (not Linux).
 pub fn available() -> Option<u64> {
-    [machine_available(), cgroup_available(Path::new("/sys/fs/cgroup"))]
-        .into_iter()
-        .flatten()
-        .min()
+    [machine_available(), cgroup_available(Path::new("/sys/fs/cgroup"))].into_iter().flatten().min()
 }
 
 fn machine_available() -> Option<u64> {
     let meminfo = fs::read_to_string("/proc/meminfo").ok()?;
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim()
-        .trim_end_matches("kB")
-        .trim()
-        .parse::<u64>()
-        .ok()
-        .map(|kib| kib * 1024)
+    line.trim().trim_end_matches("kB").trim().parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
 /// Limit less what is used and cannot be dropped, for cgroup version 2, then 1.
@@ -29,15 +21,10 @@ fn cgroup_available(root: &Path) -> Option<u64> {
     let number = |file: &str| fs::read_to_string(root.join(file)).ok()?.trim().parse::<u64>().ok();
     let inactive_file = |file: &str, key: &str| {
         let stat = fs::read_to_string(root.join(file)).ok()?;
-        stat.lines()
-            .find_map(|line| line.strip_prefix(key)?.trim().parse::<u64>().ok())
+        stat.lines().find_map(|line| line.strip_prefix(key)?.trim().parse::<u64>().ok())
     };
     let (limit, used, droppable) = match number("memory.max") {
-        Some(limit) => (
-            limit,
-            number("memory.current")?,
-            inactive_file("memory.stat", "inactive_file "),
-        ),
+        Some(limit) => (limit, number("memory.current")?, inactive_file("memory.stat", "inactive_file ")),
         None => {
             let limit = number("memory/memory.limit_in_bytes")?;
             let used = number("memory/memory.usage_in_bytes")?;
@@ -82,10 +69,7 @@ mod tests {
 
     #[test]
     fn a_version_1_limit_is_read_too() {
-        let root = cgroup(&[
-            ("memory/memory.limit_in_bytes", "1000\n"),
-            ("memory/memory.usage_in_bytes", "1200\n"),
-        ]);
+        let root = cgroup(&[("memory/memory.limit_in_bytes", "1000\n"), ("memory/memory.usage_in_bytes", "1200\n")]);
         assert_eq!(cgroup_available(root.path()), Some(0));
     }
 

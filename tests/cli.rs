@@ -5,11 +5,7 @@ use sdxl_worker::cli::{Attention, ByteSize, Cli, Command, DeviceName, DtypeName,
 use serde_json::json;
 
 fn parse(arguments: &[&str]) -> Result<Cli, clap::Error> {
-    Cli::parse_arguments(
-        std::iter::once("sdxl-worker")
-            .chain(arguments.iter().copied())
-            .map(Into::into),
-    )
+    Cli::parse_arguments(std::iter::once("sdxl-worker").chain(arguments.iter().copied()).map(Into::into))
 }
 
 fn generate(arguments: &[&str]) -> GenerateArgs {
@@ -80,22 +76,13 @@ fn typed_options_become_request_fields_by_their_canonical_names() {
 
 #[test]
 fn a_seed_keeps_all_its_digits() {
-    assert_eq!(
-        generate(&["--seed", "9223372036854775807"]).request_fields()["seed"],
-        json!(i64::MAX)
-    );
+    assert_eq!(generate(&["--seed", "9223372036854775807"]).request_fields()["seed"], json!(i64::MAX));
 }
 
 #[test]
 fn set_takes_json_or_a_bare_word_but_no_broken_json() {
-    assert_eq!(
-        generate(&["--set", "prompt_2=\"1\""]).request_fields()["prompt_2"],
-        json!("1")
-    );
-    assert_eq!(
-        generate(&["--set", "prompt_2=a=b"]).request_fields()["prompt_2"],
-        json!("a=b")
-    );
+    assert_eq!(generate(&["--set", "prompt_2=\"1\""]).request_fields()["prompt_2"], json!("1"));
+    assert_eq!(generate(&["--set", "prompt_2=a=b"]).request_fields()["prompt_2"], json!("a=b"));
     assert_eq!(generate(&["--set", "eta=null"]).request_fields()["eta"], json!(null));
     for wrong in ["loras=[{", "=1", "clip_skip", "image=\"open"] {
         let error = parse(&["generate", "--set", wrong]).unwrap_err();
@@ -112,11 +99,8 @@ fn devices_and_number_formats_have_their_usual_names() {
     for wrong in ["gpu", "cuda:", "cuda:x", "cuda:-1"] {
         assert!(device(wrong).is_err(), "{wrong}");
     }
-    for (name, dtype) in [
-        ("fp16", DtypeName::Float16),
-        ("bfloat16", DtypeName::Bfloat16),
-        ("fp32", DtypeName::Float32),
-    ] {
+    for (name, dtype) in [("fp16", DtypeName::Float16), ("bfloat16", DtypeName::Bfloat16), ("fp32", DtypeName::Float32)]
+    {
         assert_eq!(parse(&["--dtype", name]).unwrap().engine.dtype, Some(dtype));
     }
 }

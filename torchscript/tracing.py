@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs import Config, ExportError
 from graphs import Graph, Size, Tensors
@@ -15,6 +18,22 @@ from graphs import Graph, Size, Tensors
 # Odd, so that every upsampling takes its size from the skip it meets and then fits odd and even sizes alike; a batch of
 # two, so that no dimension of one is taken for a broadcast.
 TRACED = Size(2, 17, 19)
+
+
+class Unrecorded(TorchDispatchMode):
+    """Runs each operator, once it has been recorded, on a thread that records nothing: meta kernels written in Python
+    ask for shapes, which are traced tensors on the thread that traces, and they refuse those."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        super().__init__()
+        self.pool = pool
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def run() -> Any:
+            with torch._C._AutoDispatchBelowAutograd():  # autograd has had its turn, on the thread that traces
+                return func(*args, **(kwargs or {}))
+
+        return self.pool.submit(run).result()
 
 
 def trace(kind: type[Graph], config: Config, dtype: str) -> torch.jit.ScriptModule:
@@ -27,11 +46,12 @@ def trace(kind: type[Graph], config: Config, dtype: str) -> torch.jit.ScriptModu
     without_data = [name for name, buffer in buffers.items() if buffer.is_meta]
     if without_data:
         raise ExportError(f"{kind.component}: buffers without data: {without_data}")
-    with warnings.catch_warnings(), torch.no_grad():
+    graph.to("meta")
+    inputs = tuple(tensor.to("meta") for tensor in example(kind, config, dtype))
+    with warnings.catch_warnings(), torch.no_grad(), ThreadPoolExecutor(1) as pool, Unrecorded(pool):
         # Branches on sizes are warned about; that they are taken alike at every size is what checks.py proves.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        inputs = tuple(tensor.to("meta") for tensor in example(kind, config, dtype))
-        traced = torch.jit.trace(graph.to("meta"), inputs, check_trace=False)
+        traced = torch.jit.trace(graph, inputs, check_trace=False)
     fill(traced, buffers)
     for module in traced.modules():
         if module._c._has_method("forward"):

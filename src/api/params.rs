@@ -79,9 +79,7 @@ impl OutputFormat {
     pub const NAMES: [&'static str; 3] = ["png", "jpeg", "webp"];
 
     pub fn from_name(name: &str) -> Option<Self> {
-        [OutputFormat::Png, OutputFormat::Jpeg, OutputFormat::Webp]
-            .into_iter()
-            .find(|format| format.name() == name)
+        [OutputFormat::Png, OutputFormat::Jpeg, OutputFormat::Webp].into_iter().find(|format| format.name() == name)
     }
 
     /// The name in requests and replies; also the file extension and the second half of the media type.
@@ -97,11 +95,7 @@ impl OutputFormat {
 impl GenerateParams {
     /// The request for the image with this index alone.
     pub fn for_image(&self, index: u32) -> GenerateParams {
-        GenerateParams {
-            seed: self.seed + u64::from(index),
-            num_images: 1,
-            ..self.clone()
-        }
+        GenerateParams { seed: self.seed + u64::from(index), num_images: 1, ..self.clone() }
     }
 }
 

@@ -141,11 +141,7 @@ pub fn parse(input: &Value) -> Result<(GenerateRequest, Vec<String>)> {
         return Err(invalid_type("input", "an object", input));
     };
     let flat = FLAT.iter().map(|flat| flat.name);
-    schema::refuse_unknown(
-        object,
-        "",
-        schema::names(REQUEST).chain(flat).chain(SPECIAL.iter().copied()),
-    )?;
+    schema::refuse_unknown(object, "", schema::names(REQUEST).chain(flat).chain(SPECIAL.iter().copied()))?;
 
     let mut warnings = Vec::new();
     let mut read = schema::read_object(object, REQUEST, "", &mut warnings)?;
@@ -161,12 +157,7 @@ pub fn parse(input: &Value) -> Result<(GenerateRequest, Vec<String>)> {
         read.insert("refiner".into(), refiner.into());
     }
     let request = serde_json::from_value(Value::Object(read)).map_err(|error| {
-        Error::invalid(
-            "invalid_type",
-            "input",
-            "the request does not have the fields of the contract",
-        )
-        .source(error)
+        Error::invalid("invalid_type", "input", "the request does not have the fields of the contract").source(error)
     })?;
     Ok((request, warnings))
 }
@@ -186,15 +177,10 @@ fn read_flat(
         if read.contains_key(container) {
             return Err(conflicting(container, flat.name));
         }
-        let is_list = REQUEST
-            .iter()
-            .any(|f| f.name == container && matches!(f.kind, schema::Kind::Objects(_)));
+        let is_list = REQUEST.iter().any(|f| f.name == container && matches!(f.kind, schema::Kind::Objects(_)));
         let index = if is_list { "[0]" } else { "" };
         fields.insert(flat.inner.into(), read_value(value, flat.kind(), flat.name, warnings)?);
-        warnings.push(format!(
-            "`{}` was read as `{container}{index}.{}`",
-            flat.name, flat.inner
-        ));
+        warnings.push(format!("`{}` was read as `{container}{index}.{}`", flat.name, flat.inner));
     }
     Ok((!fields.is_empty()).then_some(fields))
 }

@@ -34,11 +34,7 @@ fn example(kind: &Kind) -> Value {
 }
 
 fn every_field(fields: &[Field]) -> Value {
-    fields
-        .iter()
-        .map(|field| (field.name.to_owned(), example(&field.kind)))
-        .collect::<Map<_, _>>()
-        .into()
+    fields.iter().map(|field| (field.name.to_owned(), example(&field.kind))).collect::<Map<_, _>>().into()
 }
 
 #[test]
@@ -79,15 +75,8 @@ fn an_alias_is_read_as_its_field_with_one_warning() {
         for inner in *inner {
             for alias in inner.aliases {
                 let (request, warnings) = parse(&json!({name: [{}, {*alias: example(&inner.kind)}]})).unwrap();
-                assert_eq!(
-                    request,
-                    read(json!({name: [{}, {inner.name: example(&inner.kind)}]})),
-                    "{alias}"
-                );
-                assert_eq!(
-                    warnings,
-                    [format!("`{name}[1].{alias}` was read as `{name}[1].{}`", inner.name)]
-                );
+                assert_eq!(request, read(json!({name: [{}, {inner.name: example(&inner.kind)}]})), "{alias}");
+                assert_eq!(warnings, [format!("`{name}[1].{alias}` was read as `{name}[1].{}`", inner.name)]);
             }
         }
     }
@@ -113,20 +102,12 @@ fn the_contract_s_aliases_are_all_there() {
         ("output_compression", "output_quality"),
         ("stream_progress", "stream"),
     ];
-    let listed: Vec<_> = REQUEST
-        .iter()
-        .flat_map(|f| f.aliases.iter().map(|alias| (*alias, f.name)))
-        .collect();
+    let listed: Vec<_> = REQUEST.iter().flat_map(|f| f.aliases.iter().map(|alias| (*alias, f.name))).collect();
     assert_eq!(listed.len(), pairs.len());
     for pair in pairs {
         assert!(listed.contains(&pair), "{pair:?}");
     }
-    assert_eq!(
-        read(json!({"loras": [{"weight": 0.5}, {"multiplier": 0.5}, {"strength": 0.5}]}))
-            .loras
-            .len(),
-        3
-    );
+    assert_eq!(read(json!({"loras": [{"weight": 0.5}, {"multiplier": 0.5}, {"strength": 0.5}]})).loras.len(), 3);
 }
 
 #[test]
@@ -140,16 +121,9 @@ fn the_flat_control_form_is_one_entry_of_controlnets() {
     assert_eq!(request, read(json!({"controlnets": [entry]})));
     assert_eq!(warnings.len(), 5);
     assert_eq!(warnings[0], "`control_image` was read as `controlnets[0].image`");
-    assert_eq!(
-        read(json!({"control_mode": 3})).controlnets[0].mode,
-        Some(NumberOrName::Number(3))
-    );
+    assert_eq!(read(json!({"control_mode": 3})).controlnets[0].mode, Some(NumberOrName::Number(3)));
 
-    refused(
-        json!({"controlnets": [], "control_image": "map"}),
-        "conflicting_fields",
-        "control_image",
-    );
+    refused(json!({"controlnets": [], "control_image": "map"}), "conflicting_fields", "control_image");
     refused(json!({"control_image": ["a", "b"]}), "invalid_type", "control_image");
     let (request, warnings) = parse(&json!({"control_image": null, "control_mode": null})).unwrap();
     assert!(request.controlnets.is_empty() && warnings.is_empty());
@@ -158,19 +132,9 @@ fn the_flat_control_form_is_one_entry_of_controlnets() {
 #[test]
 fn worker_sdxl_s_refiner_steps_are_a_refiner() {
     let (request, warnings) = parse(&json!({"refiner_inference_steps": 50, "high_noise_frac": 0.8})).unwrap();
-    assert_eq!(
-        request,
-        read(json!({"refiner": {"num_inference_steps": 50}, "denoising_end": 0.8}))
-    );
-    assert_eq!(
-        warnings[1],
-        "`refiner_inference_steps` was read as `refiner.num_inference_steps`"
-    );
-    refused(
-        json!({"refiner": {}, "refiner_inference_steps": 5}),
-        "conflicting_fields",
-        "refiner_inference_steps",
-    );
+    assert_eq!(request, read(json!({"refiner": {"num_inference_steps": 50}, "denoising_end": 0.8})));
+    assert_eq!(warnings[1], "`refiner_inference_steps` was read as `refiner.num_inference_steps`");
+    refused(json!({"refiner": {}, "refiner_inference_steps": 5}), "conflicting_fields", "refiner_inference_steps");
 }
 
 #[test]
@@ -194,11 +158,7 @@ fn a1111_s_hires_fields_act_only_when_enabled() {
     assert_eq!(read(json!({"enable_hr": true})).hires, Some(HiresRequest::default()));
     assert_eq!(parse(&json!({"enable_hr": false})).unwrap(), Default::default());
     refused(json!({"enable_hr": 1}), "invalid_type", "enable_hr");
-    refused(
-        json!({"enable_hr": true, "hires": {}}),
-        "conflicting_fields",
-        "enable_hr",
-    );
+    refused(json!({"enable_hr": true, "hires": {}}), "conflicting_fields", "enable_hr");
     refused(json!({"enable_hr": true, "hr_scale": "2"}), "invalid_type", "hr_scale");
 }
 
@@ -209,18 +169,7 @@ fn size_is_width_times_height() {
         assert_eq!((request.width, request.height), (Some(1024), Some(768)), "{size}");
         assert_eq!(warnings, ["`size` was read as `width` and `height`"]);
     }
-    for size in [
-        "",
-        "x",
-        "1024",
-        "1024x",
-        "x768",
-        "1024x768x3",
-        "-8x8",
-        "auto",
-        "8.5x8",
-        "99999999999x8",
-    ] {
+    for size in ["", "x", "1024", "1024x", "x768", "1024x768x3", "-8x8", "auto", "8.5x8", "99999999999x8"] {
         refused(json!({"size": size}), "invalid_value", "size");
     }
     refused(json!({"size": 1024}), "invalid_type", "size");
@@ -237,35 +186,17 @@ fn init_images_holds_one_image() {
     refused(json!({"init_images": ["a", "b"]}), "invalid_value", "init_images");
     refused(json!({"init_images": "a"}), "invalid_type", "init_images");
     refused(json!({"init_images": [1]}), "invalid_type", "init_images[0]");
-    refused(
-        json!({"init_images": ["a"], "image": "b"}),
-        "conflicting_fields",
-        "init_images",
-    );
+    refused(json!({"init_images": ["a"], "image": "b"}), "conflicting_fields", "init_images");
 }
 
 #[test]
 fn two_names_for_one_field_conflict() {
-    let error = refused(
-        json!({"steps": 3, "num_inference_steps": 3}),
-        "conflicting_fields",
-        "steps",
-    );
-    assert_eq!(
-        error.message,
-        "`num_inference_steps` and `steps` mean the same field and are both given"
-    );
+    let error = refused(json!({"steps": 3, "num_inference_steps": 3}), "conflicting_fields", "steps");
+    assert_eq!(error.message, "`num_inference_steps` and `steps` mean the same field and are both given");
     assert_eq!(error.remedy.as_deref(), Some("leave out `steps`"));
     refused(json!({"n": 1, "batch_size": 1}), "conflicting_fields", "batch_size");
-    refused(
-        json!({"loras": [{"scale": 1, "weight": 1}]}),
-        "conflicting_fields",
-        "loras[0].weight",
-    );
-    assert_eq!(
-        read(json!({"steps": 3, "num_inference_steps": null})).num_inference_steps,
-        Some(3)
-    );
+    refused(json!({"loras": [{"scale": 1, "weight": 1}]}), "conflicting_fields", "loras[0].weight");
+    assert_eq!(read(json!({"steps": 3, "num_inference_steps": null})).num_inference_steps, Some(3));
 }
 
 #[test]
@@ -297,19 +228,11 @@ fn an_unknown_key_is_refused_with_the_nearest_name() {
 fn an_unknown_key_in_a_nested_object_is_named_with_its_path() {
     for (input, path, nearest) in [
         (json!({"controlnets": [{"sclae": 1}]}), "controlnets[0].sclae", "scale"),
-        (
-            json!({"controlnets": [{}, {"preprocess": {"nam": 1}}]}),
-            "controlnets[1].preprocess.nam",
-            "name",
-        ),
+        (json!({"controlnets": [{}, {"preprocess": {"nam": 1}}]}), "controlnets[1].preprocess.nam", "name"),
         (json!({"loras": [{"wieght": 1}]}), "loras[0].wieght", "weight"),
         (json!({"hires": {"upscaller": 1}}), "hires.upscaller", "upscaler"),
         (json!({"refiner": {"modl": 1}}), "refiner.modl", "model"),
-        (
-            json!({"textual_inversions": [{"tokn": 1}]}),
-            "textual_inversions[0].tokn",
-            "token",
-        ),
+        (json!({"textual_inversions": [{"tokn": 1}]}), "textual_inversions[0].tokn", "token"),
     ] {
         let error = refused(input, "unknown_field", path);
         assert_eq!(error.remedy, Some(format!("the nearest known field is `{nearest}`")));
@@ -326,22 +249,12 @@ fn null_equals_absent() {
         .map(|name| (name.to_owned(), Value::Null))
         .collect();
     assert_eq!(parse(&nulls.into()).unwrap(), Default::default());
-    assert_eq!(
-        read(json!({"loras": [{"scale": null}]})).loras,
-        [LoraRequest::default()]
-    );
+    assert_eq!(read(json!({"loras": [{"scale": null}]})).loras, [LoraRequest::default()]);
 }
 
 #[test]
 fn a_value_of_another_type_is_refused_with_both_types() {
-    let values = [
-        json!("x"),
-        json!(8),
-        json!(0.5),
-        json!(true),
-        json!([[]]),
-        json!({"any": 1}),
-    ];
+    let values = [json!("x"), json!(8), json!(0.5), json!(true), json!([[]]), json!({"any": 1})];
     for field in REQUEST {
         for value in &values {
             let fits = match (&field.kind, value) {
@@ -374,11 +287,7 @@ fn a_value_of_another_type_is_refused_with_both_types() {
     refused(json!({"original_size": [1, 2.5]}), "invalid_type", "original_size[1]");
     refused(json!({"timesteps": [1, "2"]}), "invalid_type", "timesteps[1]");
     refused(json!({"sigmas": [null]}), "invalid_type", "sigmas[0]");
-    refused(
-        json!({"controlnets": [{"mode": true}]}),
-        "invalid_type",
-        "controlnets[0].mode",
-    );
+    refused(json!({"controlnets": [{"mode": true}]}), "invalid_type", "controlnets[0].mode");
     for input in [json!(null), json!([]), json!("x"), json!(1)] {
         refused(input, "invalid_type", "input");
     }

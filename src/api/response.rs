@@ -62,10 +62,8 @@ impl Timings {
 impl Serialize for Timings {
     /// A map, rounded to microseconds.
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_map(
-            self.iter()
-                .map(|(phase, milliseconds)| (phase, (milliseconds * 1000.0).round() / 1000.0)),
-        )
+        serializer
+            .collect_map(self.iter().map(|(phase, milliseconds)| (phase, (milliseconds * 1000.0).round() / 1000.0)))
     }
 }
 
@@ -102,16 +100,8 @@ mod tests {
         timings.add("denoise", Duration::from_secs(2));
         timings.add("decode", Duration::from_micros(500));
         timings.add("decode", Duration::from_micros(250));
-        let details = ImageDetails {
-            width: 64,
-            height: 128,
-            format: OutputFormat::Jpeg,
-            bytes: 3,
-        };
-        let images = vec![
-            "data:image/jpeg;base64,AAAA".to_owned(),
-            "data:image/jpeg;base64,BBBB".to_owned(),
-        ];
+        let details = ImageDetails { width: 64, height: 128, format: OutputFormat::Jpeg, bytes: 3 };
+        let images = vec!["data:image/jpeg;base64,AAAA".to_owned(), "data:image/jpeg;base64,BBBB".to_owned()];
         let reply = GenerateResponse::new(images, vec![details.clone(), details], 7, timings, vec!["w".into()]);
         let expected = concat!(
             r#"{"images":["data:image/jpeg;base64,AAAA","data:image/jpeg;base64,BBBB"],"#,

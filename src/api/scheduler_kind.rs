@@ -30,13 +30,7 @@ const fn supported(
     label: &'static str,
     other_names: &'static [&'static str],
 ) -> Row {
-    Row {
-        kind: Some(kind),
-        name,
-        class_name,
-        label,
-        other_names,
-    }
+    Row { kind: Some(kind), name, class_name, label, other_names }
 }
 
 const fn later(
@@ -45,80 +39,32 @@ const fn later(
     label: &'static str,
     other_names: &'static [&'static str],
 ) -> Row {
-    Row {
-        kind: None,
-        name,
-        class_name,
-        label,
-        other_names,
-    }
+    Row { kind: None, name, class_name, label, other_names }
 }
 
 /// Names here need not repeat what [`normalized`] makes equal. A class that stands behind several algorithms is given to
 /// the one that is its default.
 static SCHEDULERS: &[Row] = &[
-    supported(
-        SchedulerKind::EulerDiscrete,
-        "euler",
-        "EulerDiscreteScheduler",
-        "Euler",
-        &["euler discrete"],
-    ),
+    supported(SchedulerKind::EulerDiscrete, "euler", "EulerDiscreteScheduler", "Euler", &["euler discrete"]),
     supported(SchedulerKind::Ddim, "ddim", "DDIMScheduler", "DDIM", &[]),
-    later(
-        "euler_ancestral",
-        "EulerAncestralDiscreteScheduler",
-        "Euler a",
-        &["euler ancestral discrete"],
-    ),
+    later("euler_ancestral", "EulerAncestralDiscreteScheduler", "Euler a", &["euler ancestral discrete"]),
     later("ddpm", "DDPMScheduler", "DDPM", &[]),
     later("pndm", "PNDMScheduler", "PLMS", &["ipndm"]),
     later("lms", "LMSDiscreteScheduler", "LMS", &["lms karras"]),
     later("heun", "HeunDiscreteScheduler", "Heun", &["heun discrete"]),
     later("dpm2", "KDPM2DiscreteScheduler", "DPM2", &["dpm2 karras"]),
-    later(
-        "dpm2_ancestral",
-        "KDPM2AncestralDiscreteScheduler",
-        "DPM2 a",
-        &["dpm2 a karras"],
-    ),
+    later("dpm2_ancestral", "KDPM2AncestralDiscreteScheduler", "DPM2 a", &["dpm2 a karras"]),
     later(
         "dpmpp_2m",
         "DPMSolverMultistepScheduler",
         "DPM++ 2M",
-        &[
-            "dpmsolver multistep",
-            "dpm++ 2m karras",
-            "karras dpm",
-            "dpm++",
-            "dpmsolver++",
-        ],
+        &["dpmsolver multistep", "dpm++ 2m karras", "karras dpm", "dpm++", "dpmsolver++"],
     ),
-    later(
-        "dpmpp_2m_sde",
-        "DPMSolverMultistepScheduler",
-        "DPM++ 2M SDE",
-        &["dpm++ 2m sde karras"],
-    ),
-    later(
-        "dpmpp_3m_sde",
-        "DPMSolverMultistepScheduler",
-        "DPM++ 3M SDE",
-        &["dpm++ 3m sde karras"],
-    ),
+    later("dpmpp_2m_sde", "DPMSolverMultistepScheduler", "DPM++ 2M SDE", &["dpm++ 2m sde karras"]),
+    later("dpmpp_3m_sde", "DPMSolverMultistepScheduler", "DPM++ 3M SDE", &["dpm++ 3m sde karras"]),
     later("dpmpp_sde", "DPMSolverSDEScheduler", "DPM++ SDE", &["dpm++ sde karras"]),
-    later(
-        "dpmpp_2s",
-        "DPMSolverSinglestepScheduler",
-        "DPM++ 2S",
-        &["dpmsolver singlestep"],
-    ),
-    later(
-        "dpmpp_2s_ancestral",
-        "DPMSolverSinglestepScheduler",
-        "DPM++ 2S a",
-        &["dpm++ 2s a karras"],
-    ),
+    later("dpmpp_2s", "DPMSolverSinglestepScheduler", "DPM++ 2S", &["dpmsolver singlestep"]),
+    later("dpmpp_2s_ancestral", "DPMSolverSinglestepScheduler", "DPM++ 2S a", &["dpm++ 2s a karras"]),
     later("deis", "DEISMultistepScheduler", "DEIS", &["deis multistep"]),
     later("unipc", "UniPCMultistepScheduler", "UniPC", &["unipc multistep"]),
     later("lcm", "LCMScheduler", "LCM", &[]),
@@ -136,9 +82,7 @@ fn normalized(name: &str) -> String {
 
 impl Row {
     fn all_names(&self) -> impl Iterator<Item = &'static str> {
-        [self.name, self.class_name, self.label]
-            .into_iter()
-            .chain(self.other_names.iter().copied())
+        [self.name, self.class_name, self.label].into_iter().chain(self.other_names.iter().copied())
     }
 }
 
@@ -151,10 +95,7 @@ impl SchedulerKind {
     /// `field` names the place in the request.
     pub fn from_name(name: &str, field: &str) -> Result<SchedulerKind> {
         let wanted = normalized(&shorten(name, 80));
-        match SCHEDULERS
-            .iter()
-            .find(|row| row.all_names().any(|name| normalized(name) == wanted))
-        {
+        match SCHEDULERS.iter().find(|row| row.all_names().any(|name| normalized(name) == wanted)) {
             Some(Row { kind: Some(kind), .. }) => Ok(*kind),
             Some(row) => Err(unsupported_feature(field, &format!("the scheduler {}", row.label))
                 .remedy(format!("choose one of {}, or leave `{field}` out", supported_names()))),
@@ -200,19 +141,12 @@ impl SchedulerKind {
     }
 
     fn row(self) -> &'static Row {
-        SCHEDULERS
-            .iter()
-            .find(|row| row.kind == Some(self))
-            .expect("every kind has a row")
+        SCHEDULERS.iter().find(|row| row.kind == Some(self)).expect("every kind has a row")
     }
 }
 
 fn supported_names() -> String {
-    let names: Vec<_> = SCHEDULERS
-        .iter()
-        .filter(|row| row.kind.is_some())
-        .map(|row| row.name)
-        .collect();
+    let names: Vec<_> = SCHEDULERS.iter().filter(|row| row.kind.is_some()).map(|row| row.name).collect();
     names.join(", ")
 }
 
@@ -222,27 +156,11 @@ mod tests {
 
     #[test]
     fn every_spelling_of_a_supported_scheduler_is_read() {
-        for name in [
-            "euler",
-            "Euler",
-            "EULER",
-            "K_EULER",
-            "k-euler",
-            "EulerDiscrete",
-            "EulerDiscreteScheduler",
-        ] {
-            assert_eq!(
-                SchedulerKind::from_name(name, "scheduler").unwrap(),
-                SchedulerKind::EulerDiscrete,
-                "{name}"
-            );
+        for name in ["euler", "Euler", "EULER", "K_EULER", "k-euler", "EulerDiscrete", "EulerDiscreteScheduler"] {
+            assert_eq!(SchedulerKind::from_name(name, "scheduler").unwrap(), SchedulerKind::EulerDiscrete, "{name}");
         }
         for name in ["DDIM", "ddim", "DDIMScheduler", "DdimScheduler", " ddim "] {
-            assert_eq!(
-                SchedulerKind::from_name(name, "scheduler").unwrap(),
-                SchedulerKind::Ddim,
-                "{name}"
-            );
+            assert_eq!(SchedulerKind::from_name(name, "scheduler").unwrap(), SchedulerKind::Ddim, "{name}");
         }
     }
 
@@ -282,11 +200,7 @@ mod tests {
         ];
         for name in names {
             let error = SchedulerKind::from_name(name, "scheduler").unwrap_err();
-            assert_eq!(
-                (error.code, error.field.as_deref()),
-                ("unsupported_feature", Some("scheduler")),
-                "{name}"
-            );
+            assert_eq!((error.code, error.field.as_deref()), ("unsupported_feature", Some("scheduler")), "{name}");
         }
     }
 
@@ -295,15 +209,9 @@ mod tests {
         let error = SchedulerKind::from_name("eulr", "scheduler").unwrap_err();
         assert_eq!(error.code, "unknown_scheduler");
         assert_eq!(error.message, "`scheduler` must be one of euler, ddim, got \"eulr\"");
-        assert_eq!(
-            error.remedy.unwrap(),
-            "choose one of euler, ddim; the nearest known name is euler"
-        );
+        assert_eq!(error.remedy.unwrap(), "choose one of euler, ddim; the nearest known name is euler");
         for name in ["", "k", "scheduler", &"x".repeat(1_000_000)] {
-            assert_eq!(
-                SchedulerKind::from_name(name, "scheduler").unwrap_err().code,
-                "unknown_scheduler"
-            );
+            assert_eq!(SchedulerKind::from_name(name, "scheduler").unwrap_err().code, "unknown_scheduler");
         }
     }
 
@@ -314,11 +222,7 @@ mod tests {
             // One class is several algorithms in diffusers; the first row has it.
             for name in row.all_names().filter(|name| *name != row.class_name) {
                 let other = seen.insert(normalized(name), row.name);
-                assert!(
-                    other.is_none_or(|other| other == row.name),
-                    "{name} is {other:?} and {}",
-                    row.name
-                );
+                assert!(other.is_none_or(|other| other == row.name), "{name} is {other:?} and {}", row.name);
             }
         }
     }

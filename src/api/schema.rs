@@ -29,11 +29,7 @@ pub(super) enum Kind {
 use Kind::*;
 
 const fn field(name: &'static str, kind: Kind) -> Field {
-    Field {
-        name,
-        aliases: &[],
-        kind,
-    }
+    Field { name, aliases: &[], kind }
 }
 
 const fn aliased(name: &'static str, kind: Kind, aliases: &'static [&'static str]) -> Field {
@@ -54,11 +50,7 @@ pub(super) static REQUEST: &[Field] = &[
     field("guidance_rescale", Number),
     field("seed", Integer),
     field("eta", Number),
-    aliased(
-        "num_images",
-        Integer,
-        &["num_images_per_prompt", "num_outputs", "n", "batch_size"],
-    ),
+    aliased("num_images", Integer, &["num_images_per_prompt", "num_outputs", "n", "batch_size"]),
     aliased("scheduler", Text, &["sampler", "sampler_name"]),
     field("sigma_schedule", Text),
     field("timesteps", Integers),
@@ -100,11 +92,7 @@ static CONTROLNET: &[Field] = &[
     field("image", Text),
     field("mode", IntegerOrText),
     field("model", Text),
-    aliased(
-        "scale",
-        Number,
-        &["controlnet_conditioning_scale", "weight", "strength"],
-    ),
+    aliased("scale", Number, &["controlnet_conditioning_scale", "weight", "strength"]),
     aliased("start", Number, &["control_guidance_start"]),
     aliased("end", Number, &["control_guidance_end"]),
     field("guess_mode", Boolean),
@@ -120,19 +108,11 @@ static LORA: &[Field] = &[
     aliased("scale", Number, &["weight", "multiplier", "strength"]),
 ];
 
-static TEXTUAL_INVERSION: &[Field] = &[
-    field("path", Text),
-    field("url", Text),
-    field("name", Text),
-    field("token", Text),
-];
+static TEXTUAL_INVERSION: &[Field] =
+    &[field("path", Text), field("url", Text), field("name", Text), field("token", Text)];
 
-static HIRES: &[Field] = &[
-    field("scale", Number),
-    field("strength", Number),
-    field("upscaler", Text),
-    field("steps", Integer),
-];
+static HIRES: &[Field] =
+    &[field("scale", Number), field("strength", Number), field("upscaler", Text), field("steps", Integer)];
 
 static REFINER: &[Field] = &[field("model", Text), field("num_inference_steps", Integer)];
 
@@ -175,17 +155,12 @@ impl FlatField {
 }
 
 fn find(fields: &'static [Field], name: &str) -> &'static Field {
-    fields
-        .iter()
-        .find(|field| field.name == name)
-        .expect("every flat field names a field of the tables")
+    fields.iter().find(|field| field.name == name).expect("every flat field names a field of the tables")
 }
 
 /// Every name a caller may use for one of `fields`.
 pub(super) fn names(fields: &'static [Field]) -> impl Iterator<Item = &'static str> + Clone {
-    fields
-        .iter()
-        .flat_map(|field| std::iter::once(field.name).chain(field.aliases.iter().copied()))
+    fields.iter().flat_map(|field| std::iter::once(field.name).chain(field.aliases.iter().copied()))
 }
 
 /// The field under `name`; `null` equals absent.
@@ -202,11 +177,7 @@ pub(super) fn refuse_unknown(
     for key in object.keys() {
         if !known.clone().any(|name| name == key) {
             let path = join(path, &shorten(key, 80));
-            let error = Error::invalid(
-                "unknown_field",
-                &path,
-                format!("`{path}` is not a field of the request"),
-            );
+            let error = Error::invalid("unknown_field", &path, format!("`{path}` is not a field of the request"));
             return Err(match nearest(key, known) {
                 Some(name) => error.remedy(format!("the nearest known field is `{name}`")),
                 None => error,
@@ -222,11 +193,7 @@ pub(super) fn conflicting(first: &str, second: &str) -> Error {
 }
 
 pub(super) fn join(path: &str, name: &str) -> String {
-    if path.is_empty() {
-        name.to_owned()
-    } else {
-        format!("{path}.{name}")
-    }
+    if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") }
 }
 
 /// Reads `object` as `fields`: canonical names only, types checked, integers as integers. Adds a warning per alias.
@@ -238,19 +205,13 @@ pub(super) fn read_object(
 ) -> Result<Map<String, Value>> {
     let mut read = Map::new();
     for field in fields {
-        let mut found = std::iter::once(&field.name)
-            .chain(field.aliases)
-            .filter(|name| given(object, name).is_some());
+        let mut found = std::iter::once(&field.name).chain(field.aliases).filter(|name| given(object, name).is_some());
         let Some(name) = found.next() else { continue };
         if let Some(other) = found.next() {
             return Err(conflicting(&join(path, name), &join(path, other)));
         }
         if *name != field.name {
-            warnings.push(format!(
-                "`{}` was read as `{}`",
-                join(path, name),
-                join(path, field.name)
-            ));
+            warnings.push(format!("`{}` was read as `{}`", join(path, name), join(path, field.name)));
         }
         let value = read_value(&object[*name], &field.kind, &join(path, name), warnings)?;
         read.insert(field.name.to_owned(), value);
@@ -305,11 +266,7 @@ fn read_items(
     path: impl Fn(usize) -> String,
     warnings: &mut Vec<String>,
 ) -> Result<Value> {
-    items
-        .iter()
-        .enumerate()
-        .map(|(index, item)| read_value(item, kind, &path(index), warnings))
-        .collect()
+    items.iter().enumerate().map(|(index, item)| read_value(item, kind, &path(index), warnings)).collect()
 }
 
 /// 30.0 is the integer 30, since some clients know only one kind of number; 30.5 is none.
@@ -321,11 +278,7 @@ fn read_integer(number: &serde_json::Number, value: &Value, path: &str) -> Resul
     match number.as_f64() {
         Some(float) if float.fract() != 0.0 => Err(invalid_type(path, "an integer", value)),
         Some(float) if float.abs() < LIMIT => Ok((float as i64).into()),
-        _ => Err(Error::invalid(
-            "out_of_range",
-            path,
-            format!("`{path}` must be below 2^63, got {}", describe(value)),
-        )
-        .remedy(format!("the largest accepted value is {}", i64::MAX))),
+        _ => Err(Error::invalid("out_of_range", path, format!("`{path}` must be below 2^63, got {}", describe(value)))
+            .remedy(format!("the largest accepted value is {}", i64::MAX))),
     }
 }

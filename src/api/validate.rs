@@ -70,17 +70,12 @@ pub fn validate(request: GenerateRequest, limits: &Limits) -> Result<GeneratePar
     let (height, width) = size(request.height, request.width, limits)?;
 
     let max_steps = i64::from(limits.max_num_inference_steps);
-    let num_inference_steps = in_range(
-        "num_inference_steps",
-        request.num_inference_steps.unwrap_or(max_steps.min(30)),
-        1..=max_steps,
-    )? as usize;
+    let num_inference_steps =
+        in_range("num_inference_steps", request.num_inference_steps.unwrap_or(max_steps.min(30)), 1..=max_steps)?
+            as usize;
     let guidance_scale = in_range("guidance_scale", request.guidance_scale.unwrap_or(5.0), 0.0..=50.0)?;
     refuse_later_features(&[
-        (
-            "guidance_start",
-            request.guidance_start.is_some_and(|start| start != 0.0),
-        ),
+        ("guidance_start", request.guidance_start.is_some_and(|start| start != 0.0)),
         ("guidance_end", request.guidance_end.is_some_and(|end| end != 1.0)),
     ])?;
     let guidance_rescale = in_range("guidance_rescale", request.guidance_rescale.unwrap_or(0.0), 0.0..=1.0)?;
@@ -90,20 +85,10 @@ pub fn validate(request: GenerateRequest, limits: &Limits) -> Result<GeneratePar
     let eta = in_range("eta", request.eta.unwrap_or(0.0), 0.0..=1.0)?;
     let max_images = i64::from(limits.max_num_images);
     let num_images = in_range("num_images", request.num_images.unwrap_or(1), 1..=max_images)?;
-    let seed = if seed == -1 {
-        random_seed()
-    } else {
-        in_range("seed", seed, 0..=i64::MAX - (num_images - 1))? as u64
-    };
+    let seed = if seed == -1 { random_seed() } else { in_range("seed", seed, 0..=i64::MAX - (num_images - 1))? as u64 };
 
-    let scheduler = request
-        .scheduler
-        .map(|name| SchedulerKind::from_name(&name, "scheduler"))
-        .transpose()?;
-    let sigma_schedule = request
-        .sigma_schedule
-        .map(|name| sigma_schedule_from(&name))
-        .transpose()?;
+    let scheduler = request.scheduler.map(|name| SchedulerKind::from_name(&name, "scheduler")).transpose()?;
+    let sigma_schedule = request.sigma_schedule.map(|name| sigma_schedule_from(&name)).transpose()?;
     let acting = scheduler.unwrap_or(limits.default_scheduler);
     if eta > 0.0 && !acting.has_eta() {
         return Err(unsupported_option("eta", acting));
@@ -123,30 +108,18 @@ pub fn validate(request: GenerateRequest, limits: &Limits) -> Result<GeneratePar
     known_model(request.model, limits)?;
     refuse_later_features(&[
         ("preset", request.preset.is_some()),
-        (
-            "prompt_weighting",
-            request.prompt_weighting.is_some_and(|kind| kind != "off"),
-        ),
+        ("prompt_weighting", request.prompt_weighting.is_some_and(|kind| kind != "off")),
         ("textual_inversions", !request.textual_inversions.is_empty()),
         ("hires", request.hires.is_some()),
-        (
-            "aesthetic_score",
-            request.aesthetic_score.is_some_and(|score| score != 6.0),
-        ),
-        (
-            "negative_aesthetic_score",
-            request.negative_aesthetic_score.is_some_and(|score| score != 2.5),
-        ),
+        ("aesthetic_score", request.aesthetic_score.is_some_and(|score| score != 6.0)),
+        ("negative_aesthetic_score", request.negative_aesthetic_score.is_some_and(|score| score != 2.5)),
         ("scale_mode", request.scale_mode.is_some_and(|mode| mode != "diffusers")),
         ("strength", request.strength.is_some()),
         ("controlnets", !request.controlnets.is_empty()),
         ("loras", !request.loras.is_empty()),
     ])?;
 
-    let clip_skip = request
-        .clip_skip
-        .map(|layers| in_range("clip_skip", layers, 0..=MAX_CLIP_SKIP))
-        .transpose()?;
+    let clip_skip = request.clip_skip.map(|layers| in_range("clip_skip", layers, 0..=MAX_CLIP_SKIP)).transpose()?;
     let original_size = pair("original_size", request.original_size)?;
     let crops_coords_top_left = pair("crops_coords_top_left", request.crops_coords_top_left)?;
     let target_size = pair("target_size", request.target_size)?;
@@ -156,24 +129,18 @@ pub fn validate(request: GenerateRequest, limits: &Limits) -> Result<GeneratePar
     let negative_target_size = pair("negative_target_size", request.negative_target_size)?;
 
     refuse_later_features(&[
-        (
-            "denoising_start",
-            request.denoising_start.is_some_and(|start| start != 0.0),
-        ),
+        ("denoising_start", request.denoising_start.is_some_and(|start| start != 0.0)),
         ("denoising_end", request.denoising_end.is_some_and(|end| end != 1.0)),
         ("refiner", request.refiner.is_some()),
     ])?;
-    let output_format = request
-        .output_format
-        .map_or(Ok(OutputFormat::Png), |name| output_format_from(&name))?;
+    let output_format = request.output_format.map_or(Ok(OutputFormat::Png), |name| output_format_from(&name))?;
     let output_quality = in_range("output_quality", request.output_quality.unwrap_or(95), 0..=100)? as u8;
     refuse_later_features(&[
         ("stream", request.stream == Some(true)),
         ("preview_every", request.preview_every.is_some_and(|steps| steps != 0)),
     ])?;
-    let response_format = request
-        .response_format
-        .map_or(Ok(ResponseFormat::DataUri), |name| response_format_from(&name))?;
+    let response_format =
+        request.response_format.map_or(Ok(ResponseFormat::DataUri), |name| response_format_from(&name))?;
 
     Ok(GenerateParams {
         prompt,
@@ -225,11 +192,7 @@ fn required_prompt(prompt: Option<String>) -> Result<String> {
 
 fn text_within(field: &'static str, text: Option<String>, max: usize) -> Result<Option<String>> {
     // Bytes are never fewer than characters, so a short text is not counted.
-    match text
-        .as_ref()
-        .filter(|text| text.len() > max)
-        .map(|text| text.chars().count())
-    {
+    match text.as_ref().filter(|text| text.len() > max).map(|text| text.chars().count()) {
         Some(chars) if chars > max => {
             let message = format!("`{field}` must have at most {max} characters, got {chars}");
             Err(too_large(field, message).remedy(format!("shorten `{field}`")))
@@ -298,10 +261,7 @@ fn known_model(model: Option<String>, limits: &Limits) -> Result<()> {
     if limits.models.is_empty() {
         return Err(error);
     }
-    Err(error.remedy(format!(
-        "choose one of {}, or leave `model` out",
-        limits.models.join(", ")
-    )))
+    Err(error.remedy(format!("choose one of {}, or leave `model` out", limits.models.join(", "))))
 }
 
 fn output_format_from(name: &str) -> Result<OutputFormat> {

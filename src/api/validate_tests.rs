@@ -6,19 +6,13 @@ use super::super::{effective_request, parse};
 use super::*;
 
 fn limits() -> Limits {
-    Limits {
-        models: vec!["base".into(), "anime".into()],
-        ..Limits::default()
-    }
+    Limits { models: vec!["base".into(), "anime".into()], ..Limits::default() }
 }
 
 /// A request with a prompt and these fields.
 fn with(fields: Value) -> Value {
     let mut input = json!({"prompt": "a cat"});
-    input
-        .as_object_mut()
-        .unwrap()
-        .extend(fields.as_object().expect("fields").clone());
+    input.as_object_mut().unwrap().extend(fields.as_object().expect("fields").clone());
     input
 }
 
@@ -36,11 +30,7 @@ fn refused(fields: Value, code: &str, field: &str) -> Error {
     let error = check(&with(fields), &limits()).expect_err("the request should be refused");
     assert_eq!((error.code, error.field.as_deref()), (code, Some(field)), "{error}");
     assert!(error.remedy.is_some(), "{error}");
-    let class = if code == "too_large" {
-        ErrorClass::TooLarge
-    } else {
-        ErrorClass::InvalidInput
-    };
+    let class = if code == "too_large" { ErrorClass::TooLarge } else { ErrorClass::InvalidInput };
     assert_eq!(error.class, class);
     error
 }
@@ -115,14 +105,8 @@ fn every_value_reaches_its_parameter() {
         response_format: ResponseFormat::B64Json,
     };
     assert_eq!(params, expected);
-    assert_eq!(
-        accepted(json!({"sigma_schedule": "Karras"})).sigma_schedule,
-        Some(SigmaSchedule::Karras)
-    );
-    assert_eq!(
-        accepted(json!({"output_format": "jpeg"})).output_format,
-        OutputFormat::Jpeg
-    );
+    assert_eq!(accepted(json!({"sigma_schedule": "Karras"})).sigma_schedule, Some(SigmaSchedule::Karras));
+    assert_eq!(accepted(json!({"output_format": "jpeg"})).output_format, OutputFormat::Jpeg);
     accepted(json!({"model": "anime"}));
 }
 
@@ -131,22 +115,10 @@ fn every_range_is_accepted_at_its_bounds_and_refused_beyond() {
     // (field, the bounds, what lies just beyond)
     let max = i64::MAX;
     let table = [
-        (
-            "width",
-            json!([64, 2048]),
-            json!([63, 56, 0, -8, 16_377, 1_000_001, max]),
-        ),
-        (
-            "height",
-            json!([64, 2048]),
-            json!([63, 56, 0, -8, 16_377, 1_000_001, max]),
-        ),
+        ("width", json!([64, 2048]), json!([63, 56, 0, -8, 16_377, 1_000_001, max])),
+        ("height", json!([64, 2048]), json!([63, 56, 0, -8, 16_377, 1_000_001, max])),
         ("num_inference_steps", json!([1, 200]), json!([0, -1, 201, max])),
-        (
-            "guidance_scale",
-            json!([0, 0.5, 50, 50.0]),
-            json!([-0.01, 50.01, 1e300]),
-        ),
+        ("guidance_scale", json!([0, 0.5, 50, 50.0]), json!([-0.01, 50.01, 1e300])),
         ("guidance_rescale", json!([0, 1]), json!([-0.01, 1.01])),
         ("seed", json!([-1, 0, max]), json!([-2, i64::MIN])),
         ("eta", json!([0, 1]), json!([-0.01, 1.01])),
@@ -160,11 +132,7 @@ fn every_range_is_accepted_at_its_bounds_and_refused_beyond() {
         }
         for value in outside.as_array().unwrap() {
             let error = refused(json!({"scheduler": "ddim", field: value}), "out_of_range", field);
-            assert!(
-                error.message.ends_with(&format!("got {value}")) || value.is_f64(),
-                "{}",
-                error.message
-            );
+            assert!(error.message.ends_with(&format!("got {value}")) || value.is_f64(), "{}", error.message);
         }
     }
     for field in [
@@ -193,28 +161,11 @@ fn a_range_error_says_bound_value_and_what_would_do() {
 #[test]
 fn no_number_that_json_cannot_hold_passes_either() {
     for value in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
-        let request = |request| {
-            validate(
-                GenerateRequest {
-                    prompt: Some("x".into()),
-                    ..request
-                },
-                &limits(),
-            )
-        };
+        let request = |request| validate(GenerateRequest { prompt: Some("x".into()), ..request }, &limits());
         for result in [
-            request(GenerateRequest {
-                guidance_scale: Some(value),
-                ..Default::default()
-            }),
-            request(GenerateRequest {
-                guidance_rescale: Some(value),
-                ..Default::default()
-            }),
-            request(GenerateRequest {
-                eta: Some(value),
-                ..Default::default()
-            }),
+            request(GenerateRequest { guidance_scale: Some(value), ..Default::default() }),
+            request(GenerateRequest { guidance_rescale: Some(value), ..Default::default() }),
+            request(GenerateRequest { eta: Some(value), ..Default::default() }),
         ] {
             assert_eq!(result.unwrap_err().code, "out_of_range");
         }
@@ -238,35 +189,19 @@ fn the_pixel_budget_holds_for_any_shape() {
     accepted(json!({"width": 2048, "height": 2048}));
     accepted(json!({"width": 16_376, "height": 256}));
     let error = refused(json!({"width": 2056, "height": 2048}), "too_large", "width");
-    assert_eq!(
-        error.message,
-        "`width` x `height` must be at most 4194304 pixels, got 2056 x 2048 = 4210688"
-    );
+    assert_eq!(error.message, "`width` x `height` must be at most 4194304 pixels, got 2056 x 2048 = 4210688");
     assert_eq!(error.remedy.unwrap(), "the largest square is 2048 x 2048; ask for less");
     refused(json!({"width": 16_376, "height": 16_376}), "too_large", "width");
 
-    let small = Limits {
-        max_pixels: 128 * 128,
-        default_width: 128,
-        default_height: 128,
-        ..limits()
-    };
+    let small = Limits { max_pixels: 128 * 128, default_width: 128, default_height: 128, ..limits() };
     assert!(check(&with(json!({"width": 128, "height": 128})), &small).is_ok());
     assert!(check(&with(json!({"height": 64})), &small).is_ok_and(|p| (p.height, p.width) == (64, 128)));
-    assert_eq!(
-        check(&with(json!({"width": 136})), &small).unwrap_err().code,
-        "too_large"
-    );
+    assert_eq!(check(&with(json!({"width": 136})), &small).unwrap_err().code, "too_large");
 }
 
 #[test]
 fn the_other_limits_are_the_worker_s() {
-    let small = Limits {
-        max_num_images: 2,
-        max_num_inference_steps: 4,
-        max_prompt_chars: 5,
-        ..limits()
-    };
+    let small = Limits { max_num_images: 2, max_num_inference_steps: 4, max_prompt_chars: 5, ..limits() };
     for (fields, code) in [
         (json!({"num_images": 2, "steps": 4}), None),
         (json!({"num_images": 3}), Some("out_of_range")),
@@ -275,11 +210,7 @@ fn the_other_limits_are_the_worker_s() {
         (json!({"prompt": "ééééé"}), None),
         (json!({"negative_prompt": "123456"}), Some("too_large")),
     ] {
-        assert_eq!(
-            check(&with(fields.clone()), &small).err().map(|error| error.code),
-            code,
-            "{fields}"
-        );
+        assert_eq!(check(&with(fields.clone()), &small).err().map(|error| error.code), code, "{fields}");
     }
 }
 
@@ -301,10 +232,7 @@ fn a_prompt_is_required_and_not_empty() {
 fn an_absent_and_an_empty_negative_prompt_stay_two_things() {
     assert_eq!(accepted(json!({})).negative_prompt, None);
     assert_eq!(accepted(json!({"negative_prompt": null})).negative_prompt, None);
-    assert_eq!(
-        accepted(json!({"negative_prompt": ""})).negative_prompt.as_deref(),
-        Some("")
-    );
+    assert_eq!(accepted(json!({"negative_prompt": ""})).negative_prompt.as_deref(), Some(""));
 }
 
 #[test]
@@ -320,19 +248,13 @@ fn a_random_seed_fits_32_bits_and_differs() {
 fn the_last_image_s_seed_does_not_overflow() {
     accepted(json!({"seed": i64::MAX - 7, "num_images": 8}));
     let error = refused(json!({"seed": i64::MAX - 6, "num_images": 8}), "out_of_range", "seed");
-    assert_eq!(
-        error.remedy.unwrap(),
-        format!("the nearest accepted value is {}", i64::MAX - 7)
-    );
+    assert_eq!(error.remedy.unwrap(), format!("the nearest accepted value is {}", i64::MAX - 7));
 }
 
 #[test]
 fn an_option_that_the_scheduler_has_not_is_refused() {
-    let error = refused(
-        json!({"scheduler": "ddim", "sigma_schedule": "karras"}),
-        "unsupported_option",
-        "sigma_schedule",
-    );
+    let error =
+        refused(json!({"scheduler": "ddim", "sigma_schedule": "karras"}), "unsupported_option", "sigma_schedule");
     assert_eq!(error.message, "the scheduler ddim has no `sigma_schedule`");
     let error = refused(json!({"scheduler": "K_EULER", "eta": 0.5}), "unsupported_option", "eta");
     assert_eq!(error.message, "the scheduler euler has no `eta`");
@@ -341,17 +263,9 @@ fn an_option_that_the_scheduler_has_not_is_refused() {
 
     // Without a scheduler, the model's own decides.
     refused(json!({"eta": 0.5}), "unsupported_option", "eta");
-    let ddim = Limits {
-        default_scheduler: SchedulerKind::Ddim,
-        ..limits()
-    };
+    let ddim = Limits { default_scheduler: SchedulerKind::Ddim, ..limits() };
     assert!(check(&with(json!({"eta": 0.5})), &ddim).is_ok());
-    assert_eq!(
-        check(&with(json!({"sigma_schedule": "karras"})), &ddim)
-            .unwrap_err()
-            .code,
-        "unsupported_option"
-    );
+    assert_eq!(check(&with(json!({"sigma_schedule": "karras"})), &ddim).unwrap_err().code, "unsupported_option");
     assert!(check(&with(json!({"scheduler": "euler", "sigma_schedule": "karras"})), &ddim).is_ok());
 }
 
@@ -362,10 +276,7 @@ fn a_word_that_is_none_of_the_accepted_ones_is_answered_with_them() {
     refused(json!({"sigma_schedule": "sqrt"}), "invalid_value", "sigma_schedule");
     refused(json!({"response_format": "file"}), "invalid_value", "response_format");
     let error = refused(json!({"output_format": "gif"}), "invalid_value", "output_format");
-    assert_eq!(
-        error.message,
-        "`output_format` must be one of png, jpeg, webp, got \"gif\""
-    );
+    assert_eq!(error.message, "`output_format` must be one of png, jpeg, webp, got \"gif\"");
     assert_eq!(error.remedy.unwrap(), "choose one of png, jpeg, webp");
 }
 
@@ -406,14 +317,8 @@ fn a_field_of_a_later_feature_is_refused_by_name() {
     refused(json!({"control_image": "x"}), "unsupported_feature", "controlnets");
     let error = refused(json!({"model": "other"}), "unsupported_feature", "model");
     assert_eq!(error.remedy.unwrap(), "choose one of base, anime, or leave `model` out");
-    let none = Limits {
-        models: vec![],
-        ..limits()
-    };
-    assert_eq!(
-        check(&with(json!({"model": "base"})), &none).unwrap_err().code,
-        "unsupported_feature"
-    );
+    let none = Limits { models: vec![], ..limits() };
+    assert_eq!(check(&with(json!({"model": "base"})), &none).unwrap_err().code, "unsupported_feature");
 }
 
 #[test]
@@ -470,13 +375,7 @@ fn the_effective_request_makes_the_same_parameters_without_a_warning() {
         let (read, warnings) = parse(&serde_json::from_str(&request.to_string()).unwrap()).unwrap();
         assert_eq!(warnings, Vec::<String>::new());
         let again = validate(read, &limits()).unwrap();
-        assert_eq!(
-            again,
-            GenerateParams {
-                scheduler: Some(scheduler),
-                ..params
-            }
-        );
+        assert_eq!(again, GenerateParams { scheduler: Some(scheduler), ..params });
         assert_eq!(effective_request(&again, scheduler, "base"), request);
     }
 }
@@ -496,31 +395,14 @@ struct Random(u64);
 
 impl Random {
     fn below(&mut self, bound: usize) -> usize {
-        self.0 = self
-            .0
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) as usize % bound
     }
 
     fn value(&mut self, depth: usize) -> Value {
-        let numbers = [
-            0.0,
-            1.0,
-            -1.0,
-            0.5,
-            8.0,
-            64.0,
-            1e30,
-            -1e300,
-            1e-300,
-            2f64.powi(63),
-            2f64.powi(64),
-        ];
+        let numbers = [0.0, 1.0, -1.0, 0.5, 8.0, 64.0, 1e30, -1e300, 1e-300, 2f64.powi(63), 2f64.powi(64)];
         let integers = [0, 1, -1, 8, 64, 200, 1024, i64::MAX, i64::MIN];
-        let texts = [
-            "", "x", "euler", "ddim", "karras", "png", "64x64", "x64", "é🦀\0", "url", "off", "\u{fffd}",
-        ];
+        let texts = ["", "x", "euler", "ddim", "karras", "png", "64x64", "x64", "é🦀\0", "url", "off", "\u{fffd}"];
         match self.below(if depth == 0 { 6 } else { 8 }) {
             0 => Value::Null,
             1 => json!(self.below(2) == 0),
@@ -542,9 +424,7 @@ impl Random {
             name path url token preprocess params start end weight strength upscaler"
                 .split_whitespace()
                 .collect();
-        (0..self.below(6))
-            .map(|_| (names[self.below(names.len())].to_owned(), self.value(depth)))
-            .collect()
+        (0..self.below(6)).map(|_| (names[self.below(names.len())].to_owned(), self.value(depth))).collect()
     }
 }
 
@@ -561,10 +441,7 @@ fn whatever_arrives_is_answered() {
             Ok(params) => {
                 passed += 1;
                 let pixels = u64::from(params.height) * u64::from(params.width);
-                assert!(
-                    pixels <= limits().max_pixels && params.height % 8 == 0 && params.width % 8 == 0,
-                    "{input}"
-                );
+                assert!(pixels <= limits().max_pixels && params.height % 8 == 0 && params.width % 8 == 0, "{input}");
             }
             Err(error) => {
                 assert!(error.field.is_some() && error.remedy.is_some(), "{input}: {error}");

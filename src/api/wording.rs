@@ -21,12 +21,7 @@ pub(super) fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a s
     let name = shorten(name, 80).to_lowercase();
     candidates
         .into_iter()
-        .map(|candidate| {
-            (
-                strsim::normalized_damerau_levenshtein(&name, &candidate.to_lowercase()),
-                candidate,
-            )
-        })
+        .map(|candidate| (strsim::normalized_damerau_levenshtein(&name, &candidate.to_lowercase()), candidate))
         .max_by(|(a, _), (b, _)| a.total_cmp(b))
         .map(|(_, candidate)| candidate)
 }
@@ -44,23 +39,15 @@ pub(super) fn describe(value: &Value) -> String {
 }
 
 pub(super) fn invalid_type(path: &str, expected: &str, given: &Value) -> Error {
-    Error::invalid(
-        "invalid_type",
-        path,
-        format!("`{path}` must be {expected}, got {}", describe(given)),
-    )
-    .remedy(format!("send `{path}` as {expected}"))
+    Error::invalid("invalid_type", path, format!("`{path}` must be {expected}, got {}", describe(given)))
+        .remedy(format!("send `{path}` as {expected}"))
 }
 
 /// A word that is none of the accepted ones.
 pub(super) fn invalid_value(field: &str, accepted: &[&str], given: &str) -> Error {
     let accepted = accepted.join(", ");
-    Error::invalid(
-        "invalid_value",
-        field,
-        format!("`{field}` must be one of {accepted}, got {:?}", shorten(given, 40)),
-    )
-    .remedy(format!("choose one of {accepted}"))
+    Error::invalid("invalid_value", field, format!("`{field}` must be one of {accepted}, got {:?}", shorten(given, 40)))
+        .remedy(format!("choose one of {accepted}"))
 }
 
 /// Passes `value` on if it lies in `range`; NaN lies in none.
@@ -73,20 +60,12 @@ where
     }
     let (low, high) = (range.start(), range.end());
     let bound = if value > *high { high } else { low };
-    Err(Error::invalid(
-        "out_of_range",
-        field,
-        format!("`{field}` must be from {low} to {high}, got {value}"),
-    )
-    .remedy(format!("the nearest accepted value is {bound}")))
+    Err(Error::invalid("out_of_range", field, format!("`{field}` must be from {low} to {high}, got {value}"))
+        .remedy(format!("the nearest accepted value is {bound}")))
 }
 
 /// A field of the request whose feature this version does not have.
 pub(super) fn unsupported_feature(field: &str, what: &str) -> Error {
-    Error::invalid(
-        "unsupported_feature",
-        field,
-        format!("{what} is not supported by this version"),
-    )
-    .remedy(format!("leave `{field}` out"))
+    Error::invalid("unsupported_feature", field, format!("{what} is not supported by this version"))
+        .remedy(format!("leave `{field}` out"))
 }

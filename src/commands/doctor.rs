@@ -25,17 +25,10 @@ pub fn doctor(arguments: &EngineArgs) -> Result<()> {
     }
 
     let settings = config::settings(arguments);
-    let graphs = settings
-        .as_ref()
-        .map_err(brief)
-        .and_then(|s| describe_graphs(&s.graphs));
+    let graphs = settings.as_ref().map_err(brief).and_then(|s| describe_graphs(&s.graphs));
     let model = settings.and_then(|settings| {
         let path = settings.model.display().to_string();
-        let target = format!(
-            "{} {}",
-            device::name(settings.device),
-            crate::models::dtype_name(settings.kind)
-        );
+        let target = format!("{} {}", device::name(settings.device), crate::models::dtype_name(settings.kind));
         let started = std::time::Instant::now();
         tch::jit::set_graph_executor_optimize(false);
         let pipeline = StableDiffusionXlPipeline::load(settings)?;
@@ -43,9 +36,7 @@ pub fn doctor(arguments: &EngineArgs) -> Result<()> {
         let seconds = started.elapsed().as_secs_f64();
         let (width, height) = (facts.default_width, facts.default_height);
         let scheduler = facts.default_scheduler.name();
-        Ok(format!(
-            "{path}: all weights bound on {target} in {seconds:.2} s; {width}x{height}, {scheduler}"
-        ))
+        Ok(format!("{path}: all weights bound on {target} in {seconds:.2} s; {width}x{height}, {scheduler}"))
     });
     line("graphs", &graphs);
     line("model", &model.as_ref().map(String::clone).map_err(brief));
@@ -60,20 +51,12 @@ fn line(name: &str, found: &Result<String, String>) {
 }
 
 fn brief(error: &Error) -> String {
-    let remedy = error
-        .remedy
-        .as_ref()
-        .map(|remedy| format!("\nto do: {remedy}"))
-        .unwrap_or_default();
+    let remedy = error.remedy.as_ref().map(|remedy| format!("\nto do: {remedy}")).unwrap_or_default();
     format!("{}{remedy}", error.message)
 }
 
 fn cuda_build() -> &'static str {
-    if tch::utils::has_cuda() || tch::Cuda::device_count() > 0 {
-        "with CUDA"
-    } else {
-        "no CUDA device in sight"
-    }
+    if tch::utils::has_cuda() || tch::Cuda::device_count() > 0 { "with CUDA" } else { "no CUDA device in sight" }
 }
 
 fn devices() -> String {
@@ -81,11 +64,7 @@ fn devices() -> String {
         .map(|index| {
             let memory = torch::device_memory(Device::Cuda(index)).ok().flatten();
             let memory = memory.map(|(free, total)| {
-                format!(
-                    " ({} of {} free)",
-                    memory::format_bytes(free),
-                    memory::format_bytes(total)
-                )
+                format!(" ({} of {} free)", memory::format_bytes(free), memory::format_bytes(total))
             });
             format!("cuda:{index}{}", memory.unwrap_or_default())
         })
@@ -99,13 +78,6 @@ fn devices() -> String {
 
 fn describe_graphs(dir: &Path) -> Result<String, String> {
     let graphs = GraphSet::open(dir).map_err(|e| brief(&e))?;
-    let entries: Vec<String> = graphs
-        .entries()
-        .map(|entry| format!("\n{}", entry.describe()))
-        .collect();
-    Ok(format!(
-        "{}{}",
-        dir.display(),
-        entries.concat().replace('\n', "\n                     ")
-    ))
+    let entries: Vec<String> = graphs.entries().map(|entry| format!("\n{}", entry.describe())).collect();
+    Ok(format!("{}{}", dir.display(), entries.concat().replace('\n', "\n                     ")))
 }

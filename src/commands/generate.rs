@@ -20,11 +20,7 @@ pub fn generate(arguments: &EngineArgs, options: &GenerateArgs) -> Result<()> {
     // Whatever can be wrong with the folder is better known before the work than after it.
     prepare_folder(&options.output)?;
     if let Some(parent) = options.save_latents.as_deref().and_then(Path::parent) {
-        prepare_folder(if parent.as_os_str().is_empty() {
-            Path::new(".")
-        } else {
-            parent
-        })?;
+        prepare_folder(if parent.as_os_str().is_empty() { Path::new(".") } else { parent })?;
     }
     let engine = start_engine(arguments)?;
     let limits = handler::limits(&engine, arguments.max_pixels, arguments.max_num_images);
@@ -32,11 +28,7 @@ pub fn generate(arguments: &EngineArgs, options: &GenerateArgs) -> Result<()> {
     for warning in output.warnings() {
         tracing::warn!("{warning}");
     }
-    let timings: Vec<String> = output
-        .timings()
-        .iter()
-        .map(|(phase, ms)| format!("{phase} {ms:.0} ms"))
-        .collect();
+    let timings: Vec<String> = output.timings().iter().map(|(phase, ms)| format!("{phase} {ms:.0} ms")).collect();
     tracing::info!("{}", timings.join(", "));
 
     if let Some(path) = &options.save_latents {
@@ -63,11 +55,7 @@ fn request(options: &GenerateArgs) -> Result<Value> {
                     fields
                 }
                 _ => {
-                    return Err(Error::invalid(
-                        "no_parameters",
-                        "--from",
-                        "the picture's parameters are no request",
-                    ));
+                    return Err(Error::invalid("no_parameters", "--from", "the picture's parameters are no request"));
                 }
             }
         }
@@ -110,21 +98,14 @@ fn unwritable(path: &Path, error: impl Into<anyhow::Error>) -> Error {
 /// Makes the folder and proves that files can be made in it.
 fn prepare_folder(folder: &Path) -> Result<()> {
     fs::create_dir_all(folder).map_err(|e| unwritable(folder, e))?;
-    tempfile::tempfile_in(folder)
-        .map(drop)
-        .map_err(|e| unwritable(folder, e))
+    tempfile::tempfile_in(folder).map(drop).map_err(|e| unwritable(folder, e))
 }
 
 /// Writes beside the target and renames, so that no reader ever sees half a file.
 fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let folder = path
-        .parent()
-        .filter(|p| !p.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let write = || -> std::io::Result<()> {
-        let mut file = tempfile::Builder::new()
-            .permissions(fs::Permissions::from_mode(0o644))
-            .tempfile_in(folder)?;
+        let mut file = tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o644)).tempfile_in(folder)?;
         file.write_all(bytes)?;
         file.persist(path)?;
         Ok(())
@@ -137,10 +118,7 @@ fn free_path(folder: &Path, picture: &Picture) -> PathBuf {
     let (seed, extension) = (picture.seed, picture.format().name());
     let first = folder.join(format!("{seed}.{extension}"));
     let others = (2..).map(|n| folder.join(format!("{seed}-{n}.{extension}")));
-    std::iter::once(first)
-        .chain(others)
-        .find(|path| !path.exists())
-        .expect("numbers do not end")
+    std::iter::once(first).chain(others).find(|path| !path.exists()).expect("numbers do not end")
 }
 
 /// The latents as a safetensors file: one tensor `latents`, float32.

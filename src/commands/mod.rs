@@ -22,23 +22,10 @@ use crate::pipeline::StableDiffusionXlPipeline;
 /// Loads the model that the options name.
 fn start_engine(arguments: &EngineArgs) -> Result<Engine> {
     let settings = config::settings(arguments)?;
-    let (model, device) = (
-        settings.model.display().to_string(),
-        crate::device::name(settings.device),
-    );
-    tracing::debug!(
-        model,
-        device,
-        dtype = crate::models::dtype_name(settings.kind),
-        "loading"
-    );
+    let (model, device) = (settings.model.display().to_string(), crate::device::name(settings.device));
+    tracing::debug!(model, device, dtype = crate::models::dtype_name(settings.kind), "loading");
     let started = std::time::Instant::now();
     let engine = Engine::start(move || StableDiffusionXlPipeline::load(settings))?;
-    tracing::info!(
-        model,
-        device,
-        seconds = format!("{:.2}", started.elapsed().as_secs_f64()),
-        "model loaded"
-    );
+    tracing::info!(model, device, seconds = format!("{:.2}", started.elapsed().as_secs_f64()), "model loaded");
     Ok(engine)
 }

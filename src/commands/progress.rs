@@ -30,7 +30,7 @@ fn bar() -> JobContext {
         },
     ));
     JobContext::new(move |progress| match progress {
-        Progress::Denoising { step, steps } => {
+        Progress::Denoising { step, steps, .. } => {
             if step == 0 {
                 bar.reset();
             }
@@ -48,7 +48,7 @@ fn bar() -> JobContext {
 fn lines() -> JobContext {
     let last: Mutex<Option<(Instant, Instant)>> = Mutex::new(None);
     JobContext::new(move |progress| {
-        let Progress::Denoising { step, steps } = progress else {
+        let Progress::Denoising { step, steps, .. } = progress else {
             return;
         };
         let mut last = last.lock().expect("printing does not panic");

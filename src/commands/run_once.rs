@@ -30,9 +30,6 @@ pub fn run_once(arguments: &EngineArgs, test_input: Option<&str>) -> Result<()> 
     let engine = start_engine(arguments)?;
     let limits = handler::limits(&engine, arguments.max_pixels, arguments.max_num_images);
     let output = handler::run(&engine, input, &limits, JobContext::default())?;
-    println!(
-        "{}",
-        serde_json::to_string(&output.into_response()).expect("a reply is JSON")
-    );
+    println!("{}", serde_json::to_string(&output.into_response()).expect("a reply is JSON"));
     Ok(())
 }

@@ -13,9 +13,7 @@ pub fn tokenize(arguments: &EngineArgs) -> Result<()> {
     let tokenizer = ClipTokenizer::load(&model.join("tokenizer"))?;
     let tokenizer_2 = ClipTokenizer::load(&model.join("tokenizer_2"))?;
     for line in stdin().lock().lines() {
-        let text = line
-            .map_err(anyhow::Error::from)
-            .and_then(|line| Ok(serde_json::from_str::<String>(&line)?));
+        let text = line.map_err(anyhow::Error::from).and_then(|line| Ok(serde_json::from_str::<String>(&line)?));
         let text =
             text.map_err(|e| Error::invalid("invalid_json", "stdin", "expected a JSON string a line").source(e))?;
         let (ids, ids_2) = (tokenizer.encode(&text)?.ids, tokenizer_2.encode(&text)?.ids);

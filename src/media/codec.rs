@@ -23,10 +23,7 @@ pub fn encode(image: &RgbImage, format: OutputFormat, quality: u8, metadata: Opt
     };
     encoded.map_err(|error| {
         let (width, height) = image.dimensions();
-        let message = format!(
-            "the image of {width} x {height} could not be written as {}",
-            format.name()
-        );
+        let message = format!("the image of {width} x {height} could not be written as {}", format.name());
         Error::new(ErrorClass::Internal, "encoding_failed", message)
             .remedy("ask for another `output_format`")
             .source(error)

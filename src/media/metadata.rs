@@ -87,11 +87,7 @@ impl Metadata {
         let description = format!("{REQUEST_PREFIX}{}", self.request).into_bytes();
         let mut comment = b"UNICODE\0".to_vec();
         comment.extend(self.parameters.encode_utf16().flat_map(u16::to_be_bytes));
-        let field = |tag, value| Field {
-            tag,
-            ifd_num: In::PRIMARY,
-            value,
-        };
+        let field = |tag, value| Field { tag, ifd_num: In::PRIMARY, value };
         let description = field(Tag::ImageDescription, ExifValue::Ascii(vec![description]));
         let comment = field(Tag::UserComment, ExifValue::Undefined(comment, 0));
         let mut writer = exif::experimental::Writer::new();
@@ -116,11 +112,7 @@ pub fn read_parameters(bytes: &[u8]) -> Result<Value> {
         [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => from_webp(bytes).map_err(damaged)?,
         _ => {
             let message = "the file is no PNG, JPEG or WebP picture";
-            return Err(picture_error(
-                "unknown_picture_format",
-                message,
-                "give a picture that this worker made",
-            ));
+            return Err(picture_error("unknown_picture_format", message, "give a picture that this worker made"));
         }
     };
     let Some(request) = found else {
@@ -150,11 +142,7 @@ fn from_png(bytes: &[u8]) -> anyhow::Result<Option<String>> {
 }
 
 fn png_text(info: &png::Info) -> anyhow::Result<Option<String>> {
-    if let Some(chunk) = info
-        .uncompressed_latin1_text
-        .iter()
-        .find(|chunk| chunk.keyword == REQUEST_KEY)
-    {
+    if let Some(chunk) = info.uncompressed_latin1_text.iter().find(|chunk| chunk.keyword == REQUEST_KEY) {
         return Ok(Some(chunk.text.clone()));
     }
     let unicode = info.utf8_text.iter().find(|chunk| chunk.keyword == REQUEST_KEY);
@@ -170,11 +158,7 @@ fn from_jpeg(bytes: &[u8]) -> anyhow::Result<Option<String>> {
         .segments_by_marker(markers::COM)
         .filter_map(|segment| segment.contents().strip_prefix(REQUEST_PREFIX.as_bytes()))
         .collect();
-    if parts.is_empty() {
-        Ok(None)
-    } else {
-        Ok(Some(String::from_utf8(parts.concat())?))
-    }
+    if parts.is_empty() { Ok(None) } else { Ok(Some(String::from_utf8(parts.concat())?)) }
 }
 
 fn from_webp(bytes: &[u8]) -> anyhow::Result<Option<String>> {
@@ -184,15 +168,11 @@ fn from_webp(bytes: &[u8]) -> anyhow::Result<Option<String>> {
 
 fn from_exif(block: Bytes) -> anyhow::Result<Option<String>> {
     let exif = exif::Reader::new().read_raw(block.to_vec())?;
-    let Some(ExifValue::Ascii(texts)) = exif
-        .get_field(Tag::ImageDescription, In::PRIMARY)
-        .map(|field| &field.value)
+    let Some(ExifValue::Ascii(texts)) = exif.get_field(Tag::ImageDescription, In::PRIMARY).map(|field| &field.value)
     else {
         return Ok(None);
     };
-    let request = texts
-        .iter()
-        .find_map(|text| text.strip_prefix(REQUEST_PREFIX.as_bytes()));
+    let request = texts.iter().find_map(|text| text.strip_prefix(REQUEST_PREFIX.as_bytes()));
     Ok(request.map(|request| String::from_utf8(request.to_vec())).transpose()?)
 }
 
@@ -217,10 +197,8 @@ fn a1111_text(params: &GenerateParams, scheduler: SchedulerKind, model: &str) ->
     if let Some(negative_prompt) = params.negative_prompt.as_ref().filter(|text| !text.is_empty()) {
         lines.push(format!("Negative prompt: {negative_prompt}"));
     }
-    let mut settings = vec![
-        format!("Steps: {}", params.num_inference_steps),
-        format!("Sampler: {}", scheduler.label()),
-    ];
+    let mut settings =
+        vec![format!("Steps: {}", params.num_inference_steps), format!("Sampler: {}", scheduler.label())];
     if let Some(SigmaSchedule::Karras) = params.sigma_schedule {
         settings.push("Schedule type: Karras".into());
     }
@@ -236,11 +214,7 @@ fn a1111_text(params: &GenerateParams, scheduler: SchedulerKind, model: &str) ->
 
 /// A1111 quotes a value that would be taken for several.
 fn quoted(text: &str) -> String {
-    if text.contains([',', ':', '\n']) {
-        Value::from(text).to_string()
-    } else {
-        text.to_owned()
-    }
+    if text.contains([',', ':', '\n']) { Value::from(text).to_string() } else { text.to_owned() }
 }
 
 #[cfg(test)]

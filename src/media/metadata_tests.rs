@@ -12,22 +12,13 @@ const FORMATS: [OutputFormat; 3] = [OutputFormat::Png, OutputFormat::Jpeg, Outpu
 
 fn params(fields: Value) -> GenerateParams {
     let mut input = json!({"prompt": "a cat", "seed": 1});
-    input
-        .as_object_mut()
-        .unwrap()
-        .extend(fields.as_object().unwrap().clone());
+    input.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
     validate(parse(&input).unwrap().0, &Limits::default()).unwrap()
 }
 
 fn picture(format: OutputFormat, params: &GenerateParams) -> Vec<u8> {
     let image = RgbImage::from_fn(72, 64, |x, y| image::Rgb([x as u8 * 3, y as u8 * 3, 99]));
-    encode(
-        &image,
-        format,
-        90,
-        Some(&Metadata::new(params, SchedulerKind::EulerDiscrete, "base")),
-    )
-    .unwrap()
+    encode(&image, format, 90, Some(&Metadata::new(params, SchedulerKind::EulerDiscrete, "base"))).unwrap()
 }
 
 #[test]
@@ -63,10 +54,7 @@ fn metadata_does_not_change_the_pixels() {
         let with = encode(&image, format, 90, Some(&metadata)).unwrap();
         let without = encode(&image, format, 90, None).unwrap();
         assert!(with.len() > without.len());
-        assert_eq!(
-            image::load_from_memory(&with).unwrap(),
-            image::load_from_memory(&without).unwrap()
-        );
+        assert_eq!(image::load_from_memory(&with).unwrap(), image::load_from_memory(&without).unwrap());
         let extensions = image::guess_format(&with).unwrap().extensions_str();
         assert!(extensions.contains(&format.name()));
     }
@@ -87,11 +75,7 @@ fn the_text_is_the_one_a1111_writes() {
              Seed: 1, Size: 832x1216, Model: base, Version: sdxl-worker {version}"
         )
     );
-    let text = a1111_text(
-        &self::params(json!({"guidance_scale": 7.5})),
-        SchedulerKind::Ddim,
-        "a: \"b\", c",
-    );
+    let text = a1111_text(&self::params(json!({"guidance_scale": 7.5})), SchedulerKind::Ddim, "a: \"b\", c");
     assert_eq!(
         text,
         format!(
@@ -107,22 +91,10 @@ fn the_text_lies_where_a1111_reads_it() {
         let params = params(json!({"prompt": prompt}));
         let text = a1111_text(&params, SchedulerKind::EulerDiscrete, "base");
 
-        let png = png::Decoder::new(Cursor::new(picture(OutputFormat::Png, &params)))
-            .read_info()
-            .unwrap();
-        let plain = png
-            .info()
-            .uncompressed_latin1_text
-            .iter()
-            .find(|chunk| chunk.keyword == "parameters");
+        let png = png::Decoder::new(Cursor::new(picture(OutputFormat::Png, &params))).read_info().unwrap();
+        let plain = png.info().uncompressed_latin1_text.iter().find(|chunk| chunk.keyword == "parameters");
         let unicode = png.info().utf8_text.iter().find(|chunk| chunk.keyword == "parameters");
-        assert_eq!(
-            plain
-                .map(|c| c.text.clone())
-                .or(unicode.map(|c| c.get_text().unwrap()))
-                .unwrap(),
-            text
-        );
+        assert_eq!(plain.map(|c| c.text.clone()).or(unicode.map(|c| c.get_text().unwrap())).unwrap(), text);
         assert_eq!(plain.is_some(), prompt.is_ascii());
 
         for format in [OutputFormat::Jpeg, OutputFormat::Webp] {
@@ -131,14 +103,8 @@ fn the_text_lies_where_a1111_reads_it() {
             let ExifValue::Undefined(comment, _) = &exif.get_field(Tag::UserComment, In::PRIMARY).unwrap().value else {
                 panic!("UserComment has the type undefined")
             };
-            let units: Vec<u16> = comment[8..]
-                .chunks(2)
-                .map(|pair| u16::from_be_bytes([pair[0], pair[1]]))
-                .collect();
-            assert_eq!(
-                (&comment[..8], String::from_utf16(&units).unwrap()),
-                (&b"UNICODE\0"[..], text.clone())
-            );
+            let units: Vec<u16> = comment[8..].chunks(2).map(|pair| u16::from_be_bytes([pair[0], pair[1]])).collect();
+            assert_eq!((&comment[..8], String::from_utf16(&units).unwrap()), (&b"UNICODE\0"[..], text.clone()));
         }
     }
 }
@@ -152,20 +118,14 @@ fn a_picture_without_our_parameters_says_so() {
     }
     // Somebody else's EXIF.
     let mut jpeg = Jpeg::from_bytes(encode(&image, OutputFormat::Jpeg, 90, None).unwrap().into()).unwrap();
-    let description = Field {
-        tag: Tag::ImageDescription,
-        ifd_num: In::PRIMARY,
-        value: ExifValue::Ascii(vec![b"a dog".to_vec()]),
-    };
+    let description =
+        Field { tag: Tag::ImageDescription, ifd_num: In::PRIMARY, value: ExifValue::Ascii(vec![b"a dog".to_vec()]) };
     let mut writer = exif::experimental::Writer::new();
     writer.push_field(&description);
     let mut block = Cursor::new(Vec::new());
     writer.write(&mut block, true).unwrap();
     jpeg.set_exif(Some(block.into_inner().into()));
-    assert_eq!(
-        read_parameters(&jpeg.encoder().bytes()).unwrap_err().code,
-        "no_parameters"
-    );
+    assert_eq!(read_parameters(&jpeg.encoder().bytes()).unwrap_err().code, "no_parameters");
 }
 
 #[test]
@@ -173,23 +133,14 @@ fn text_behind_the_pixels_is_found() {
     let mut bytes = encode(&RgbImage::new(64, 64), OutputFormat::Png, 0, None).unwrap();
     let end = bytes.len() - 12; // the IEND chunk
     let mut chunk = Vec::new();
-    png::text_metadata::ITXtChunk::new(REQUEST_KEY, "{\"seed\":1}")
-        .encode(&mut chunk)
-        .unwrap();
+    png::text_metadata::ITXtChunk::new(REQUEST_KEY, "{\"seed\":1}").encode(&mut chunk).unwrap();
     bytes.splice(end..end, chunk);
     assert_eq!(read_parameters(&bytes).unwrap(), json!({"seed": 1}));
 }
 
 #[test]
 fn what_is_no_picture_says_so() {
-    for bytes in [
-        &b""[..],
-        b"\xff",
-        b"RIFF",
-        b"GIF89a",
-        b"{\"prompt\": \"x\"}",
-        b"RIFF\0\0\0\0WAVE",
-    ] {
+    for bytes in [&b""[..], b"\xff", b"RIFF", b"GIF89a", b"{\"prompt\": \"x\"}", b"RIFF\0\0\0\0WAVE"] {
         assert_eq!(read_parameters(bytes).unwrap_err().code, "unknown_picture_format");
     }
 }

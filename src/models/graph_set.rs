@@ -54,17 +54,10 @@ impl GraphSet {
         let manifest: Manifest = serde_json::from_str(&text)
             .map_err(|e| setup("graphs_invalid", format!("{} cannot be read", path.display())).source(e))?;
         if manifest.format != FORMAT {
-            let message = format!(
-                "{} has format {}, this version reads {FORMAT}",
-                path.display(),
-                manifest.format
-            );
+            let message = format!("{} has format {}, this version reads {FORMAT}", path.display(), manifest.format);
             return Err(setup("graphs_invalid", message));
         }
-        Ok(GraphSet {
-            dir: dir.to_owned(),
-            graphs: manifest.graphs,
-        })
+        Ok(GraphSet { dir: dir.to_owned(), graphs: manifest.graphs })
     }
 
     /// The graph of `component` in `kind` that was traced for this configuration.
@@ -91,13 +84,8 @@ impl GraphSet {
             None => "there is none for this component".into(),
         };
         let (dir, model) = (self.dir.display(), model.display());
-        Err(Error::setup(
-            "no_matching_graph",
-            format!("no graph in {dir} fits {component} of {model}: {why}"),
-        )
-        .remedy(format!(
-            "run: python torchscript/export.py --model {model} --dtype {dtype} --out {dir}"
-        )))
+        Err(Error::setup("no_matching_graph", format!("no graph in {dir} fits {component} of {model}: {why}"))
+            .remedy(format!("run: python torchscript/export.py --model {model} --dtype {dtype} --out {dir}")))
     }
 
     /// Loads a graph onto `device`, still without weights, and checks it against its entry.
@@ -112,9 +100,7 @@ impl GraphSet {
         let module = Module::load(&path, device).map_err(|e| invalid("cannot be loaded".into()).source(e))?;
         let parameters = module.named_parameters()?;
         let agrees = parameters.len() == entry.parameters.len()
-            && parameters
-                .iter()
-                .all(|(name, tensor)| entry.parameters.get(name) == Some(&tensor.size()));
+            && parameters.iter().all(|(name, tensor)| entry.parameters.get(name) == Some(&tensor.size()));
         if !agrees {
             return Err(invalid("its parameters are not those in the manifest".into()));
         }
@@ -135,12 +121,7 @@ const EXPORT_HINT: &str = "export graphs: python torchscript/export.py --arch sd
 
 impl GraphEntry {
     pub fn describe(&self) -> String {
-        format!(
-            "{} {} ({} parameters)",
-            self.component,
-            self.dtype,
-            self.parameters.len()
-        )
+        format!("{} {} ({} parameters)", self.component, self.dtype, self.parameters.len())
     }
 
     pub fn has_parameter(&self, name: &str) -> bool {
@@ -150,25 +131,11 @@ impl GraphEntry {
     /// # Errors
     /// `graphs_invalid`, unless the graph takes exactly these inputs in this order.
     pub(super) fn expect_inputs(&self, names: &[&str]) -> Result<()> {
-        if self
-            .inputs
-            .iter()
-            .map(|slot| slot.name.as_str())
-            .eq(names.iter().copied())
-        {
+        if self.inputs.iter().map(|slot| slot.name.as_str()).eq(names.iter().copied()) {
             return Ok(());
         }
-        let given = self
-            .inputs
-            .iter()
-            .map(|slot| slot.name.as_str())
-            .collect::<Vec<_>>()
-            .join(", ");
-        let message = format!(
-            "{} takes ({given}), this version gives ({})",
-            self.file,
-            names.join(", ")
-        );
+        let given = self.inputs.iter().map(|slot| slot.name.as_str()).collect::<Vec<_>>().join(", ");
+        let message = format!("{} takes ({given}), this version gives ({})", self.file, names.join(", "));
         Err(Error::setup("graphs_invalid", message).remedy(EXPORT_HINT))
     }
 

@@ -16,25 +16,16 @@ pub struct ModelDir {
 impl ModelDir {
     pub fn open(path: &Path) -> Result<Self> {
         if !path.is_dir() {
-            return Err(Error::setup(
-                "model_not_found",
-                format!("there is no model folder {}", path.display()),
-            )
-            .remedy("give --model (or MODEL_ID) a folder in the diffusers layout"));
+            return Err(Error::setup("model_not_found", format!("there is no model folder {}", path.display()))
+                .remedy("give --model (or MODEL_ID) a folder in the diffusers layout"));
         }
         let index = read_json(&path.join("model_index.json"))?;
-        Ok(ModelDir {
-            path: path.to_owned(),
-            index,
-        })
+        Ok(ModelDir { path: path.to_owned(), index })
     }
 
     /// What a person calls the model: its folder's name.
     pub fn name(&self) -> String {
-        self.path
-            .file_name()
-            .map(|n| n.to_string_lossy().into_owned())
-            .unwrap_or_else(|| "model".into())
+        self.path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_else(|| "model".into())
     }
 
     pub fn path(&self) -> &Path {
@@ -57,10 +48,7 @@ impl ModelDir {
 
     /// Whether an absent negative prompt means zeros rather than the encoding of an empty text.
     pub fn force_zeros_for_empty_prompt(&self) -> bool {
-        self.index
-            .get("force_zeros_for_empty_prompt")
-            .and_then(Value::as_bool)
-            .unwrap_or(true)
+        self.index.get("force_zeros_for_empty_prompt").and_then(Value::as_bool).unwrap_or(true)
     }
 }
 

@@ -36,10 +36,7 @@ impl TextEncoder {
         entry.expect_inputs(&["input_ids"])?;
         let module = graphs.load(entry, device)?;
         Weights::new(checkpoint, device, kind).bind(&module, |name| entry.has_parameter(name))?;
-        Ok(TextEncoder {
-            module,
-            projection_dim: integer(config, "projection_dim", 512),
-        })
+        Ok(TextEncoder { module, projection_dim: integer(config, "projection_dim", 512) })
     }
 
     /// `input_ids`: int64 `[batch, 77]`, on the encoder's device.

@@ -37,23 +37,11 @@ impl Vae {
         decoder.expect_inputs(&["latents"])?;
         let encoder = graphs.find("vae_encoder", kind, config, model)?;
         let module = graphs.load(decoder, device)?;
-        Weights::new(checkpoint, device, kind).bind(&module, |name| {
-            decoder.has_parameter(name) || encoder.has_parameter(name)
-        })?;
-        let levels = config
-            .get("block_out_channels")
-            .and_then(Value::as_array)
-            .map_or(1, Vec::len);
+        Weights::new(checkpoint, device, kind)
+            .bind(&module, |name| decoder.has_parameter(name) || encoder.has_parameter(name))?;
+        let levels = config.get("block_out_channels").and_then(Value::as_array).map_or(1, Vec::len);
         let floats = |key: &str| -> Option<Vec<f32>> {
-            Some(
-                config
-                    .get(key)?
-                    .as_array()?
-                    .iter()
-                    .filter_map(Value::as_f64)
-                    .map(|x| x as f32)
-                    .collect(),
-            )
+            Some(config.get(key)?.as_array()?.iter().filter_map(Value::as_f64).map(|x| x as f32).collect())
         };
         Ok(Vae {
             decoder: module,
@@ -81,10 +69,7 @@ impl Vae {
             return latents / self.scaling_factor;
         };
         let channel = |values: &[f32]| {
-            Tensor::from_slice(values)
-                .view([1, -1, 1, 1])
-                .to_device(latents.device())
-                .to_kind(self.kind)
+            Tensor::from_slice(values).view([1, -1, 1, 1]).to_device(latents.device()).to_kind(self.kind)
         };
         &latents * channel(std) / self.scaling_factor + channel(mean)
     }

@@ -1,5 +1,7 @@
 //! The denoising loop: step 8 of `StableDiffusionXLPipeline.__call__`.
 
+use std::time::Instant;
+
 use tch::{Kind, Tensor};
 
 use super::prompt::Conditions;
@@ -34,18 +36,13 @@ pub(super) fn denoise(
 ) -> Result<Tensor> {
     let batch = conditions.encoder_hidden_states.size()[0];
     let timesteps = scheduler.timesteps().to_vec();
+    let (steps, started) = (timesteps.len(), Instant::now());
     for (step, timestep) in timesteps.iter().enumerate() {
         context.check_cancelled()?;
-        context.report(Progress::Denoising {
-            step,
-            steps: timesteps.len(),
-        });
+        let seconds_left = (step > 0).then(|| started.elapsed().as_secs_f64() / step as f64 * (steps - step) as f64);
+        context.report(Progress::Denoising { step, steps, seconds_left, preview: None });
 
-        let sample = if guidance.is_on() {
-            Tensor::cat(&[&latents, &latents], 0)
-        } else {
-            latents.shallow_clone()
-        };
+        let sample = if guidance.is_on() { Tensor::cat(&[&latents, &latents], 0) } else { latents.shallow_clone() };
         let noise_pred = unet.forward(&UNetInputs {
             sample: &scheduler.scale_model_input(&sample, step),
             timestep: &Tensor::full([batch], *timestep, (Kind::Float, latents.device())),
@@ -53,19 +50,12 @@ pub(super) fn denoise(
             text_embeds: &conditions.text_embeds,
             time_ids: &conditions.time_ids,
         })?;
-        let noise_pred = if guidance.is_on() {
-            guide(&noise_pred, guidance)
-        } else {
-            noise_pred
-        };
+        let noise_pred = if guidance.is_on() { guide(&noise_pred, guidance) } else { noise_pred };
 
         latents = scheduler.step(&noise_pred, step, &latents, noise)?;
     }
     context.check_cancelled()?;
-    context.report(Progress::Denoising {
-        step: timesteps.len(),
-        steps: timesteps.len(),
-    });
+    context.report(Progress::Denoising { step: steps, steps, seconds_left: Some(0.0), preview: None });
     if !is_finite(&latents) {
         let message = "the latents are not finite: this model overflows in this dtype, or its weights are damaged";
         return Err(Error::new(ErrorClass::Internal, "non_finite_latents", message)

@@ -6,9 +6,7 @@ use tch::{Device, Kind, Tensor};
 /// `[1, 3, height, width]` in -1 to 1, as the VAE decodes it, to pixels.
 pub(super) fn postprocess(image: &Tensor) -> RgbImage {
     let image = image.squeeze_dim(0).to_device(Device::Cpu).to_kind(Kind::Float);
-    let pixels = ((image * 0.5 + 0.5).clamp(0.0, 1.0) * 255.0)
-        .round()
-        .to_kind(Kind::Uint8);
+    let pixels = ((image * 0.5 + 0.5).clamp(0.0, 1.0) * 255.0).round().to_kind(Kind::Uint8);
     let pixels = pixels.permute([1, 2, 0]).contiguous();
     let (height, width) = (pixels.size()[0] as u32, pixels.size()[1] as u32);
     let bytes = Vec::<u8>::try_from(pixels.view(-1)).expect("a vector of bytes");

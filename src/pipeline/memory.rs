@@ -32,22 +32,15 @@ impl StableDiffusionXlPipeline {
         if needed <= limit {
             return Ok(());
         }
-        let GenerateParams {
-            width,
-            height,
-            num_images,
-            ..
-        } = params;
+        let GenerateParams { width, height, num_images, .. } = params;
         let message = format!(
             "{num_images} x {width}x{height} needs about {}, {whose} {}",
             format_bytes(needed),
             format_bytes(limit)
         );
-        Err(Error::new(ErrorClass::TooLarge, "memory_limit", message)
-            .field("width")
-            .remedy(
-                "ask for a smaller size or fewer images, decode in tiles (--vae-tiling on), or raise --memory-limit",
-            ))
+        Err(Error::new(ErrorClass::TooLarge, "memory_limit", message).field("width").remedy(
+            "ask for a smaller size or fewer images, decode in tiles (--vae-tiling on), or raise --memory-limit",
+        ))
     }
 
     /// Bytes of activations at the peak. The UNet runs all images at once, the VAE one by one.
@@ -57,11 +50,7 @@ impl StableDiffusionXlPipeline {
         let batch = u64::from(params.num_images) * if guidance.is_on() { 2 } else { 1 };
         let unet = batch * latent_pixels * channels(&self.unet_config, 0) * UNET_VALUES * size_of(self.settings.kind);
 
-        let decoded = if self.decodes_in_tiles(params) {
-            pixels.min(self.vae.tile_pixels())
-        } else {
-            pixels
-        };
+        let decoded = if self.decodes_in_tiles(params) { pixels.min(self.vae.tile_pixels()) } else { pixels };
         let vae = decoded * channels(&self.vae_config, 1) * VAE_VALUES * size_of(self.vae.kind());
         // the finished pictures, as floats and as bytes
         unet.max(vae) + pixels * 3 * 8 * u64::from(params.num_images)
@@ -69,10 +58,7 @@ impl StableDiffusionXlPipeline {
 }
 
 fn channels(config: &Value, level: usize) -> u64 {
-    config["block_out_channels"]
-        .get(level)
-        .and_then(Value::as_u64)
-        .unwrap_or(320)
+    config["block_out_channels"].get(level).and_then(Value::as_u64).unwrap_or(320)
 }
 
 fn size_of(kind: Kind) -> u64 {

@@ -95,11 +95,7 @@ impl StableDiffusionXlPipeline {
         let (unet_config, vae_config) = (model.config("unet")?, model.config("vae")?);
         let (kind, device) = (settings.kind, settings.device);
         let force_upcast = vae_config.get("force_upcast").and_then(Value::as_bool).unwrap_or(true);
-        let vae_kind = settings.vae_kind.unwrap_or(if kind == Kind::Half && force_upcast {
-            Kind::Float
-        } else {
-            kind
-        });
+        let vae_kind = settings.vae_kind.unwrap_or(if kind == Kind::Half && force_upcast { Kind::Float } else { kind });
 
         // Reading a graph takes as long as binding its weights, and the parts do not depend on each other.
         let load_text = |suffix: &str| load_text_stage(&settings, &model, &graphs, suffix);
@@ -111,12 +107,7 @@ impl StableDiffusionXlPipeline {
             let unet = checkpoint(&settings, &model, "unet", kind)
                 .and_then(|weights| UNet::load(&graphs, &unet_config, weights, model.path(), (kind, device)));
             let join = "loading a model part does not panic";
-            (
-                text.join().expect(join),
-                text_2.join().expect(join),
-                unet,
-                vae.join().expect(join),
-            )
+            (text.join().expect(join), text_2.join().expect(join), unet, vae.join().expect(join))
         });
         let (text_stages, unet, vae) = (vec![text?, text_2?], unet?, vae?);
 
@@ -152,26 +143,13 @@ impl StableDiffusionXlPipeline {
     fn decode(&mut self, latents: &Tensor, params: &GenerateParams, warnings: &mut Vec<String>) -> Result<RgbImage> {
         let tiled = self.decodes_in_tiles(params);
         let run = |vae: &Vae| {
-            if tiled {
-                vae.tiled_decode(latents)
-            } else {
-                vae.decode(latents)
-            }
+            if tiled { vae.tiled_decode(latents) } else { vae.decode(latents) }
         };
         let mut image = run(&self.vae)?;
         if !is_finite(&image) && self.vae.kind() != Kind::Float {
             if self.vae_float32.is_none() {
-                let (model, graphs) = (
-                    ModelDir::open(&self.settings.model)?,
-                    GraphSet::open(&self.settings.graphs)?,
-                );
-                self.vae_float32 = Some(load_vae(
-                    &self.settings,
-                    &model,
-                    &graphs,
-                    &self.vae_config,
-                    Kind::Float,
-                )?);
+                let (model, graphs) = (ModelDir::open(&self.settings.model)?, GraphSet::open(&self.settings.graphs)?);
+                self.vae_float32 = Some(load_vae(&self.settings, &model, &graphs, &self.vae_config, Kind::Float)?);
             }
             warnings.push("the VAE overflowed in 16 bits; the picture was decoded again in float32".into());
             image = run(self.vae_float32.as_ref().expect("just loaded"))?;
@@ -202,10 +180,7 @@ impl Pipeline for StableDiffusionXlPipeline {
         let (kind, device) = (self.settings.kind, self.settings.device);
         let mut timings = Timings::default();
         let mut warnings = Vec::new();
-        let guidance = Guidance {
-            scale: params.guidance_scale,
-            rescale: params.guidance_rescale,
-        };
+        let guidance = Guidance { scale: params.guidance_scale, rescale: params.guidance_rescale };
         self.check_memory(params, &guidance)?;
 
         // 1. encode the prompts
@@ -226,10 +201,7 @@ impl Pipeline for StableDiffusionXlPipeline {
             Some(SigmaSchedule::Karras) => self.scheduler_config.clone().with_karras_sigmas(),
             None => self.scheduler_config.clone(),
         };
-        let options = StepOptions {
-            num_inference_steps: params.num_inference_steps,
-            eta: params.eta,
-        };
+        let options = StepOptions { num_inference_steps: params.num_inference_steps, eta: params.eta };
         let mut scheduler = schedulers::build(scheduler_kind, &config, options)?;
         let mut noise = NoiseSource::new(params.seed, params.num_images as usize)?;
         let side = |pixels: u32| i64::from(pixels) / self.vae.scale_factor;
@@ -239,15 +211,7 @@ impl Pipeline for StableDiffusionXlPipeline {
 
         // 3. denoise
         let started = Instant::now();
-        let latents = denoise(
-            &self.unet,
-            &conditions,
-            &guidance,
-            scheduler.as_mut(),
-            &mut noise,
-            latents,
-            context,
-        )?;
+        let latents = denoise(&self.unet, &conditions, &guidance, scheduler.as_mut(), &mut noise, latents, context)?;
         timings.add("denoise", started.elapsed());
 
         // 4. decode, one image after the other: the decoder's activations are the largest of the run
@@ -262,13 +226,7 @@ impl Pipeline for StableDiffusionXlPipeline {
         warnings.dedup();
 
         let latents = latents.to_device(Device::Cpu).to_kind(Kind::Float);
-        Ok(Generation {
-            images,
-            latents,
-            scheduler: scheduler_kind,
-            timings,
-            warnings,
-        })
+        Ok(Generation { images, latents, scheduler: scheduler_kind, timings, warnings })
     }
 }
 

@@ -63,10 +63,8 @@ impl PromptEncoder<'_> {
 
         let num_images = params.num_images as i64;
         let batch = |part: fn(&(PromptEmbeds, Tensor)) -> &Tensor| {
-            let parts: Vec<Tensor> = rows
-                .iter()
-                .map(|row| part(row).repeat_interleave_self_int(num_images, 0, None))
-                .collect();
+            let parts: Vec<Tensor> =
+                rows.iter().map(|row| part(row).repeat_interleave_self_int(num_images, 0, None)).collect();
             Tensor::cat(&parts, 0).to_kind(self.kind)
         };
         Ok(Conditions {
@@ -95,12 +93,7 @@ impl PromptEncoder<'_> {
         let first = params.negative_prompt.as_deref().unwrap_or("");
         let second = non_empty(&params.negative_prompt_2).unwrap_or(first);
         // clip_skip counts for the prompt alone, as in diffusers
-        self.encode_texts(
-            [first, second],
-            None,
-            ["negative_prompt", "negative_prompt_2"],
-            warnings,
-        )
+        self.encode_texts([first, second], None, ["negative_prompt", "negative_prompt_2"], warnings)
     }
 
     /// The texts for the first and the second encoder; a model with one encoder has only the second.
@@ -126,11 +119,7 @@ impl PromptEncoder<'_> {
             let depth = clip_skip.unwrap_or(0) as usize + 2;
             let index = output.hidden_states.len().checked_sub(depth).ok_or_else(|| {
                 let most = output.hidden_states.len() - 2;
-                Error::invalid(
-                    "out_of_range",
-                    "clip_skip",
-                    format!("clip_skip must be at most {most} on this model"),
-                )
+                Error::invalid("out_of_range", "clip_skip", format!("clip_skip must be at most {most} on this model"))
             })?;
             hidden.push(output.hidden_states[index].shallow_clone());
             pooled = Some(output.pooled);
@@ -146,24 +135,13 @@ impl PromptEncoder<'_> {
     fn time_ids(&self, params: &GenerateParams, negative: bool) -> Tensor {
         let own = [params.height, params.width];
         let (original_size, crops, target_size) = if negative {
-            (
-                params.negative_original_size,
-                params.negative_crops_coords_top_left,
-                params.negative_target_size,
-            )
+            (params.negative_original_size, params.negative_crops_coords_top_left, params.negative_target_size)
         } else {
             (params.original_size, params.crops_coords_top_left, params.target_size)
         };
-        let ids = [
-            original_size.unwrap_or(own),
-            crops.unwrap_or([0, 0]),
-            target_size.unwrap_or(own),
-        ];
+        let ids = [original_size.unwrap_or(own), crops.unwrap_or([0, 0]), target_size.unwrap_or(own)];
         let ids: Vec<f32> = ids.concat().into_iter().map(|n| n as f32).collect();
-        Tensor::from_slice(&ids)
-            .unsqueeze(0)
-            .to_kind(self.kind)
-            .to_device(self.device)
+        Tensor::from_slice(&ids).unsqueeze(0).to_kind(self.kind).to_device(self.device)
     }
 }
 

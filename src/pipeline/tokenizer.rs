@@ -36,12 +36,9 @@ impl ClipTokenizer {
     /// Reads `tokenizer.json` where there is one, else `vocab.json` and `merges.txt`.
     pub fn load(dir: &Path) -> Result<Self> {
         let invalid = |e: Box<dyn std::error::Error + Send + Sync>| {
-            Error::setup(
-                "model_invalid",
-                format!("the tokenizer in {} cannot be read", dir.display()),
-            )
-            .source(anyhow::anyhow!(e))
-            .remedy("the folder needs tokenizer.json, or vocab.json and merges.txt")
+            Error::setup("model_invalid", format!("the tokenizer in {} cannot be read", dir.display()))
+                .source(anyhow::anyhow!(e))
+                .remedy("the folder needs tokenizer.json, or vocab.json and merges.txt")
         };
         let config = read_optional_json(&dir.join("tokenizer_config.json"))?;
         let special = SpecialTokens::new(&config, &read_optional_json(&dir.join("special_tokens_map.json"))?);
@@ -54,21 +51,11 @@ impl ClipTokenizer {
 
         let max_length = config.get("model_max_length").and_then(Value::as_u64).unwrap_or(77) as usize;
         let pad_token = special.content("pad_token");
-        let pad_id = tokenizer
-            .token_to_id(&pad_token)
-            .ok_or_else(|| invalid("no such pad_token".into()))?;
-        let truncation = TruncationParams {
-            max_length,
-            ..Default::default()
-        };
+        let pad_id = tokenizer.token_to_id(&pad_token).ok_or_else(|| invalid("no such pad_token".into()))?;
+        let truncation = TruncationParams { max_length, ..Default::default() };
         tokenizer.with_truncation(Some(truncation)).map_err(invalid)?;
         let strategy = PaddingStrategy::Fixed(max_length);
-        tokenizer.with_padding(Some(PaddingParams {
-            strategy,
-            pad_id,
-            pad_token,
-            ..Default::default()
-        }));
+        tokenizer.with_padding(Some(PaddingParams { strategy, pad_id, pad_token, ..Default::default() }));
         Ok(ClipTokenizer { tokenizer, max_length })
     }
 
@@ -78,10 +65,7 @@ impl ClipTokenizer {
             .encode(text, true)
             .map_err(|e| Error::from(anyhow::anyhow!(e).context("a text could not be tokenized")))?;
         let ids = encoding.get_ids().iter().map(|&id| id as i64).collect();
-        Ok(TokenIds {
-            ids,
-            truncated: !encoding.get_overflowing().is_empty(),
-        })
+        Ok(TokenIds { ids, truncated: !encoding.get_overflowing().is_empty() })
     }
 
     pub fn max_length(&self) -> usize {
@@ -112,8 +96,7 @@ fn from_vocab(dir: &Path, special: &SpecialTokens) -> tokenizers::Result<Tokeniz
     let with_id = |key: &str| {
         let content = special.content(key);
         let id = tokenizer.token_to_id(&content);
-        id.map(|id| (content, id))
-            .ok_or_else(|| format!("{key} is not in the vocabulary"))
+        id.map(|id| (content, id)).ok_or_else(|| format!("{key} is not in the vocabulary"))
     };
     let processor = RobertaProcessing::new(with_id("eos_token")?, with_id("bos_token")?);
     tokenizer.with_post_processor(Some(processor.trim_offsets(false).add_prefix_space(false)));
@@ -128,17 +111,10 @@ impl SpecialTokens {
     /// one written as an object says so itself.
     fn new(config: &Value, map: &Value) -> Self {
         let tokens = ["bos_token", "eos_token", "unk_token", "pad_token"].map(|key| {
-            let default = if key == "bos_token" {
-                "<|startoftext|>"
-            } else {
-                "<|endoftext|>"
-            };
+            let default = if key == "bos_token" { "<|startoftext|>" } else { "<|endoftext|>" };
             let value = map.get(key).or_else(|| config.get(key)).cloned().unwrap_or(Value::Null);
             let flag = |name: &str| value.get(name).and_then(Value::as_bool).unwrap_or(false);
-            let content = value
-                .as_str()
-                .or_else(|| value.get("content")?.as_str())
-                .unwrap_or(default);
+            let content = value.as_str().or_else(|| value.get("content")?.as_str()).unwrap_or(default);
             let token = AddedToken::from(content, true)
                 .normalized(flag("normalized"))
                 .lstrip(flag("lstrip"))
@@ -150,11 +126,7 @@ impl SpecialTokens {
     }
 
     fn content(&self, key: &str) -> String {
-        self.0
-            .iter()
-            .find(|(k, _)| *k == key)
-            .map(|(_, token)| token.content.clone())
-            .expect("one of the four")
+        self.0.iter().find(|(k, _)| *k == key).map(|(_, token)| token.content.clone()).expect("one of the four")
     }
 
     /// One token for each text: where two keys share it, the later one's way of matching holds.

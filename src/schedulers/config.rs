@@ -127,19 +127,14 @@ impl SchedulerConfig {
 
     /// Range that the predicted clean sample is cut to; `None` cuts nothing.
     pub(super) fn clip_sample_range(&self) -> Option<f64> {
-        self.clip_sample
-            .unwrap_or(true)
-            .then(|| self.clip_sample_range.unwrap_or(1.0))
+        self.clip_sample.unwrap_or(true).then(|| self.clip_sample_range.unwrap_or(1.0))
     }
 
     /// Quantile and cap of dynamic thresholding, if it is on.
     pub(super) fn thresholding(&self) -> Option<(f64, f64)> {
-        self.thresholding.unwrap_or(false).then(|| {
-            (
-                self.dynamic_thresholding_ratio.unwrap_or(0.995),
-                self.sample_max_value.unwrap_or(1.0),
-            )
-        })
+        self.thresholding
+            .unwrap_or(false)
+            .then(|| (self.dynamic_thresholding_ratio.unwrap_or(0.995), self.sample_max_value.unwrap_or(1.0)))
     }
 
     /// The same schedule with Karras sigmas, as a request may ask.

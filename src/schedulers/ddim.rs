@@ -30,15 +30,9 @@ impl DdimScheduler {
             return Err(Error::invalid("unsupported_option", "scheduler", message).remedy("use Euler for this model"));
         }
         let alphas_cumprod = alphas_cumprod(config);
-        let final_alpha_cumprod = if config.set_alpha_to_one() {
-            1.0
-        } else {
-            alphas_cumprod[0]
-        };
-        let timesteps: Vec<f64> = spaced_timesteps(spacing, config, steps)
-            .into_iter()
-            .map(f64::round_ties_even)
-            .collect();
+        let final_alpha_cumprod = if config.set_alpha_to_one() { 1.0 } else { alphas_cumprod[0] };
+        let timesteps: Vec<f64> =
+            spaced_timesteps(spacing, config, steps).into_iter().map(f64::round_ties_even).collect();
         if let Some(t) = timesteps.iter().find(|&&t| t < 0.0 || t >= alphas_cumprod.len() as f64) {
             let message = format!("{steps} steps with this model's spacing reach timestep {t}, which it does not have");
             return Err(Error::invalid("out_of_range", "num_inference_steps", message));
@@ -73,28 +67,18 @@ impl Scheduler for DdimScheduler {
         let timestep = self.timesteps[step] as i64;
         let prev_timestep = timestep - self.step_ratio;
         let alpha_prod_t = self.alphas_cumprod[timestep as usize];
-        let alpha_prod_t_prev = if prev_timestep >= 0 {
-            self.alphas_cumprod[prev_timestep as usize]
-        } else {
-            self.final_alpha_cumprod
-        };
+        let alpha_prod_t_prev =
+            if prev_timestep >= 0 { self.alphas_cumprod[prev_timestep as usize] } else { self.final_alpha_cumprod };
         let beta_prod_t = 1.0 - alpha_prod_t;
         let (alpha_sqrt, beta_sqrt) = (alpha_prod_t.sqrt() as f64, beta_prod_t.sqrt() as f64);
 
         // formula (12) of the paper: the predicted clean sample, and the noise it implies
         let (mut pred_original_sample, pred_epsilon) = match self.prediction_type {
-            PredictionType::Epsilon => (
-                (sample - model_output * beta_sqrt) / alpha_sqrt,
-                model_output.shallow_clone(),
-            ),
-            PredictionType::Sample => (
-                model_output.shallow_clone(),
-                (sample - model_output * alpha_sqrt) / beta_sqrt,
-            ),
-            PredictionType::VPrediction => (
-                sample * alpha_sqrt - model_output * beta_sqrt,
-                model_output * alpha_sqrt + sample * beta_sqrt,
-            ),
+            PredictionType::Epsilon => ((sample - model_output * beta_sqrt) / alpha_sqrt, model_output.shallow_clone()),
+            PredictionType::Sample => (model_output.shallow_clone(), (sample - model_output * alpha_sqrt) / beta_sqrt),
+            PredictionType::VPrediction => {
+                (sample * alpha_sqrt - model_output * beta_sqrt, model_output * alpha_sqrt + sample * beta_sqrt)
+            }
         };
         if let Some((ratio, max)) = self.thresholding {
             pred_original_sample = threshold_sample(&pred_original_sample, ratio, max);
@@ -120,7 +104,5 @@ fn threshold_sample(sample: &Tensor, ratio: f64, max: f64) -> Tensor {
     let size = sample.size();
     let flat = sample.to_kind(Kind::Float).reshape([size[0], -1]);
     let s = flat.abs().quantile_scalar(ratio, 1, true, "linear").clamp(1.0, max);
-    (flat.clamp_tensor(Some(&-&s), Some(&s)) / s)
-        .reshape(&size)
-        .to_kind(sample.kind())
+    (flat.clamp_tensor(Some(&-&s), Some(&s)) / s).reshape(&size).to_kind(sample.kind())
 }

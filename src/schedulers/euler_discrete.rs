@@ -35,23 +35,14 @@ impl EulerDiscreteScheduler {
         let train_sigmas = sigmas_of(&alphas_cumprod);
 
         // float32 as in diffusers, also for the fractional timesteps of `linspace`
-        let mut timesteps: Vec<f64> = spaced_timesteps(spacing, config, steps)
-            .into_iter()
-            .map(|t| t as f32 as f64)
-            .collect();
+        let mut timesteps: Vec<f64> =
+            spaced_timesteps(spacing, config, steps).into_iter().map(|t| t as f32 as f64).collect();
         let mut sigmas: Vec<f64> = match config.interpolation_type() {
             InterpolationType::Linear => timesteps.iter().map(|&t| interp(t, &train_sigmas)).collect(),
             InterpolationType::LogLinear => {
-                let (first, last) = (
-                    train_sigmas[0].ln() as f64,
-                    train_sigmas[train_sigmas.len() - 1].ln() as f64,
-                );
+                let (first, last) = (train_sigmas[0].ln() as f64, train_sigmas[train_sigmas.len() - 1].ln() as f64);
                 let logs = Tensor::linspace(last, first, steps as i64 + 1, (Kind::Float, tch::Device::Cpu));
-                Vec::<f32>::try_from(logs.exp())
-                    .expect("a float32 vector")
-                    .into_iter()
-                    .map(f64::from)
-                    .collect()
+                Vec::<f32>::try_from(logs.exp()).expect("a float32 vector").into_iter().map(f64::from).collect()
             }
         };
         let karras = config.use_karras_sigmas == Some(true);
@@ -61,16 +52,10 @@ impl EulerDiscreteScheduler {
             sigmas = if karras {
                 karras_sigmas(sigma_min, sigma_max, steps)
             } else {
-                linspace(sigma_max.ln(), sigma_min.ln(), steps)
-                    .into_iter()
-                    .map(f64::exp)
-                    .collect()
+                linspace(sigma_max.ln(), sigma_min.ln(), steps).into_iter().map(f64::exp).collect()
             };
             let log_sigmas: Vec<f32> = train_sigmas.iter().map(|s| s.ln()).collect();
-            timesteps = sigmas
-                .iter()
-                .map(|&sigma| sigma_to_t(sigma, &log_sigmas) as f32 as f64)
-                .collect();
+            timesteps = sigmas.iter().map(|&sigma| sigma_to_t(sigma, &log_sigmas) as f32 as f64).collect();
         }
         sigmas.push(match config.final_sigmas_type() {
             FinalSigmasType::Zero => 0.0,
@@ -80,22 +65,14 @@ impl EulerDiscreteScheduler {
 
         let prediction_type = config.prediction_type();
         if config.timestep_type() == TimestepType::Continuous && prediction_type == PredictionType::VPrediction {
-            timesteps = sigmas[..sigmas.len() - 1]
-                .iter()
-                .map(|s| (0.25 * s.ln()) as f64)
-                .collect();
+            timesteps = sigmas[..sigmas.len() - 1].iter().map(|s| (0.25 * s.ln()) as f64).collect();
         }
         let max_sigma = sigmas.iter().copied().fold(f32::MIN, f32::max);
         let init_noise_sigma = match spacing {
             TimestepSpacing::Linspace | TimestepSpacing::Trailing => max_sigma,
             TimestepSpacing::Leading => (max_sigma * max_sigma + 1.0).sqrt(),
         };
-        Ok(EulerDiscreteScheduler {
-            timesteps,
-            sigmas,
-            init_noise_sigma,
-            prediction_type,
-        })
+        Ok(EulerDiscreteScheduler { timesteps, sigmas, init_noise_sigma, prediction_type })
     }
 }
 
@@ -135,20 +112,14 @@ impl Scheduler for EulerDiscreteScheduler {
 fn karras_sigmas(sigma_min: f64, sigma_max: f64, steps: usize) -> Vec<f64> {
     const RHO: f64 = 7.0;
     let (min, max) = (sigma_min.powf(1.0 / RHO), sigma_max.powf(1.0 / RHO));
-    linspace(0.0, 1.0, steps)
-        .into_iter()
-        .map(|ramp| (max + ramp * (min - max)).powf(RHO))
-        .collect()
+    linspace(0.0, 1.0, steps).into_iter().map(|ramp| (max + ramp * (min - max)).powf(RHO)).collect()
 }
 
 /// The timestep whose training sigma is `sigma`, interpolated in the logarithm.
 fn sigma_to_t(sigma: f64, log_sigmas: &[f32]) -> f64 {
     let log_sigma = sigma.max(1e-10).ln();
     // the last index whose sigma is not above; the training sigmas grow with the timestep
-    let low = log_sigmas
-        .partition_point(|&s| log_sigma >= s as f64)
-        .saturating_sub(1)
-        .min(log_sigmas.len() - 2);
+    let low = log_sigmas.partition_point(|&s| log_sigma >= s as f64).saturating_sub(1).min(log_sigmas.len() - 2);
     let (a, b) = (log_sigmas[low], log_sigmas[low + 1]);
     let w = ((a as f64 - log_sigma) / (a - b) as f64).clamp(0.0, 1.0);
     (1.0 - w) * low as f64 + w * (low + 1) as f64

@@ -45,10 +45,8 @@ pub struct StepOptions {
 pub fn build(kind: SchedulerKind, config: &SchedulerConfig, options: StepOptions) -> Result<Box<dyn Scheduler>> {
     let train = config.num_train_timesteps();
     if options.num_inference_steps > train {
-        let message = format!(
-            "{} steps are more than the {train} the model was trained on",
-            options.num_inference_steps
-        );
+        let message =
+            format!("{} steps are more than the {train} the model was trained on", options.num_inference_steps);
         return Err(Error::invalid("out_of_range", "num_inference_steps", message));
     }
     Ok(match kind {

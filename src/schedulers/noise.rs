@@ -16,18 +16,12 @@ impl NoiseSource {
     /// Noise `[num_images, ...shape]` on the CPU, drawn in `kind`: the draw depends on the dtype.
     pub fn randn(&mut self, shape: &[i64], kind: Kind) -> Result<Tensor> {
         let one: Vec<i64> = std::iter::once(1).chain(shape.iter().copied()).collect();
-        let images: Vec<Tensor> = self
-            .0
-            .iter_mut()
-            .map(|g| g.randn(&one, kind))
-            .collect::<anyhow::Result<_>>()?;
+        let images: Vec<Tensor> = self.0.iter_mut().map(|g| g.randn(&one, kind)).collect::<anyhow::Result<_>>()?;
         Ok(Tensor::cat(&images, 0))
     }
 
     /// Noise with the shape, dtype and device of `tensor`, `[num_images, ...]`.
     pub fn randn_like(&mut self, tensor: &Tensor) -> Result<Tensor> {
-        Ok(self
-            .randn(&tensor.size()[1..], tensor.kind())?
-            .to_device(tensor.device()))
+        Ok(self.randn(&tensor.size()[1..], tensor.kind())?.to_device(tensor.device()))
     }
 }

@@ -61,19 +61,14 @@ pub(super) fn spaced_timesteps(spacing: TimestepSpacing, config: &SchedulerConfi
         TimestepSpacing::Linspace => linspace(0.0, (train - 1) as f64, steps).into_iter().rev().collect(),
         TimestepSpacing::Leading => {
             let ratio = (train / steps) as i64;
-            (0..steps as i64)
-                .rev()
-                .map(|i| (i * ratio + config.steps_offset()) as f64)
-                .collect()
+            (0..steps as i64).rev().map(|i| (i * ratio + config.steps_offset()) as f64).collect()
         }
         TimestepSpacing::Trailing => {
             // numpy's arange(train, 0, -ratio): its length comes from a division that may round up to one more.
             let ratio = train as f64 / steps as f64;
             let length = (-(train as f64) / -ratio).ceil() as usize;
             let delta = (train as f64 - ratio) - train as f64;
-            (0..length)
-                .map(|i| (train as f64 + i as f64 * delta).round_ties_even() - 1.0)
-                .collect()
+            (0..length).map(|i| (train as f64 + i as f64 * delta).round_ties_even() - 1.0).collect()
         }
     }
 }
@@ -100,11 +95,7 @@ pub(super) fn interp(x: f64, table: &[f32]) -> f64 {
     }
     let low = x.floor() as usize;
     let (a, b) = (table[low] as f64, table[low + 1] as f64);
-    if x == low as f64 {
-        a
-    } else {
-        (b - a) * (x - low as f64) + a
-    }
+    if x == low as f64 { a } else { (b - a) * (x - low as f64) + a }
 }
 
 #[cfg(test)]

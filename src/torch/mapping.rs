@@ -19,9 +19,7 @@ impl Mapping {
         // SAFETY: private mapping; other processes' writes to the file are outside the contract, as for any loader of
         // mapped weights. The length is checked against the header before any tensor is made.
         let map = unsafe { MmapOptions::new().map_copy(&file) };
-        Ok(Arc::new(Mapping(
-            map.with_context(|| format!("mapping {}", path.display()))?.into(),
-        )))
+        Ok(Arc::new(Mapping(map.with_context(|| format!("mapping {}", path.display()))?.into())))
     }
 
     /// The file's bytes. For its header and for copies; what a tensor is bound to changes through the tensor.
@@ -33,10 +31,8 @@ impl Mapping {
     /// A tensor over `bytes()[start..]`, without a copy where the address suits the dtype. It keeps the mapping alive.
     pub fn tensor(self: &Arc<Self>, start: usize, shape: &[i64], kind: Kind) -> Result<Tensor> {
         let numel = shape.iter().product::<i64>() as usize;
-        let bytes = self
-            .bytes()
-            .get(start..start + numel * kind.elt_size_in_bytes())
-            .context("a tensor beyond the file")?;
+        let bytes =
+            self.bytes().get(start..start + numel * kind.elt_size_in_bytes()).context("a tensor beyond the file")?;
         if !(bytes.as_ptr() as usize).is_multiple_of(kind.elt_size_in_bytes()) {
             return Ok(Tensor::f_from_data_size(bytes, shape, kind)?);
         }
@@ -51,15 +47,7 @@ impl Mapping {
         unsafe {
             let data = self.0.as_mut_ptr().add(start).cast();
             let kind = ffi::kind_code(kind);
-            ffi::check(ffi::shim_from_mapping(
-                data,
-                shape.as_ptr(),
-                shape.len(),
-                kind,
-                owner,
-                release,
-                &mut tensor,
-            ))?;
+            ffi::check(ffi::shim_from_mapping(data, shape.as_ptr(), shape.len(), kind, owner, release, &mut tensor))?;
             Ok(Tensor::from_ptr(tensor))
         }
     }

@@ -32,13 +32,7 @@ impl Generator {
         let mut tensor = std::ptr::null_mut();
         // SAFETY: the generator lives as long as `self`; the shim copies `size` and gives us the tensor.
         unsafe {
-            ffi::check(ffi::shim_randn(
-                self.0,
-                size.as_ptr(),
-                size.len(),
-                ffi::kind_code(kind),
-                &mut tensor,
-            ))?;
+            ffi::check(ffi::shim_randn(self.0, size.as_ptr(), size.len(), ffi::kind_code(kind), &mut tensor))?;
             Ok(Tensor::from_ptr(tensor))
         }
     }

@@ -28,10 +28,7 @@ impl Checkpoint {
     /// `variants` are tried in order (`None` is the plain name); the first that is there wins.
     pub fn open(component: &str, dir: &Path, variants: &[Option<&str>]) -> Result<Self> {
         let paths = find_files(dir, variants)?;
-        let files = paths
-            .iter()
-            .map(|path| MappedFile::open(path))
-            .collect::<Result<Vec<_>>>()?;
+        let files = paths.iter().map(|path| MappedFile::open(path)).collect::<Result<Vec<_>>>()?;
         let mut tensors = HashMap::new();
         for (index, file) in files.iter().enumerate() {
             for name in file.names().filter(|name| !is_derived(name)) {
@@ -42,11 +39,7 @@ impl Checkpoint {
                 }
             }
         }
-        Ok(Checkpoint {
-            dir: dir.to_owned(),
-            files,
-            tensors,
-        })
+        Ok(Checkpoint { dir: dir.to_owned(), files, tensors })
     }
 
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
@@ -91,17 +84,9 @@ fn find_files(dir: &Path, variants: &[Option<&str>]) -> Result<Vec<PathBuf>> {
             }
         }
     }
-    let names = tried
-        .iter()
-        .filter_map(|p| p.file_name())
-        .map(|n| n.to_string_lossy())
-        .collect::<Vec<_>>()
-        .join(", ");
-    Err(Error::setup(
-        "weights_missing",
-        format!("{} holds no weights; looked for {names}", dir.display()),
-    )
-    .remedy("check --model and --variant; only safetensors files are read"))
+    let names = tried.iter().filter_map(|p| p.file_name()).map(|n| n.to_string_lossy()).collect::<Vec<_>>().join(", ");
+    Err(Error::setup("weights_missing", format!("{} holds no weights; looked for {names}", dir.display()))
+        .remedy("check --model and --variant; only safetensors files are read"))
 }
 
 fn shards(dir: &Path, index: &Path) -> Result<Vec<PathBuf>> {
@@ -128,19 +113,11 @@ fn is_derived(name: &str) -> bool {
 fn parameter_name(component: &str, stored: &str) -> String {
     if component.starts_with("text_encoder") {
         let whole = stored.starts_with("text_model.") || stored.starts_with("text_projection.");
-        return if whole {
-            stored.to_owned()
-        } else {
-            format!("text_model.{stored}")
-        };
+        return if whole { stored.to_owned() } else { format!("text_model.{stored}") };
     }
     if component == "vae" && stored.contains(".attentions.") {
-        let renames = [
-            (".query.", ".to_q."),
-            (".key.", ".to_k."),
-            (".value.", ".to_v."),
-            (".proj_attn.", ".to_out.0."),
-        ];
+        let renames =
+            [(".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")];
         if let Some((old, new)) = renames.iter().find(|(old, _)| stored.contains(old)) {
             return stored.replace(old, new);
         }

@@ -23,12 +23,7 @@ pub struct Weights {
 
 impl Weights {
     pub fn new(checkpoint: Checkpoint, device: Device, kind: Kind) -> Self {
-        Weights {
-            checkpoint,
-            device,
-            kind,
-            loaded: HashMap::new(),
-        }
+        Weights { checkpoint, device, kind, loaded: HashMap::new() }
     }
 
     /// Binds each parameter of `module` to the checkpoint's tensor of that name.
@@ -48,17 +43,8 @@ impl Weights {
                 Some(_) => {}
             }
         }
-        let unexpected: Vec<String> = self
-            .checkpoint
-            .names()
-            .filter(|name| !known(name))
-            .map(str::to_owned)
-            .collect();
-        let found = [
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("mis-shaped", mis_shaped),
-        ];
+        let unexpected: Vec<String> = self.checkpoint.names().filter(|name| !known(name)).map(str::to_owned).collect();
+        let found = [("missing", missing), ("unexpected", unexpected), ("mis-shaped", mis_shaped)];
         if found.iter().any(|(_, names)| !names.is_empty()) {
             return Err(mismatch(&self.checkpoint, found));
         }
@@ -86,18 +72,11 @@ fn mismatch(checkpoint: &Checkpoint, found: [(&str, Vec<String>); 3]) -> Error {
             names.sort();
             let more = names.len().saturating_sub(10);
             let shown = names.iter().take(10).cloned().collect::<Vec<_>>().join(", ");
-            let rest = if more > 0 {
-                format!(" and {more} more")
-            } else {
-                String::new()
-            };
+            let rest = if more > 0 { format!(" and {more} more") } else { String::new() };
             (what, format!("{} {what}: {shown}{rest}", names.len()))
         })
         .collect();
     let lists = lists.into_values().collect::<Vec<_>>().join("; ");
-    Error::setup(
-        "weights_mismatch",
-        format!("{} does not fit the graph: {lists}", checkpoint.describe()),
-    )
-    .remedy("use weights of this architecture, or export graphs for this model with torchscript/export.py")
+    Error::setup("weights_mismatch", format!("{} does not fit the graph: {lists}", checkpoint.describe()))
+        .remedy("use weights of this architecture, or export graphs for this model with torchscript/export.py")
 }

@@ -40,28 +40,13 @@ impl MappedFile {
             let kind = kind_of(info.dtype).ok_or_else(|| damaged(format!("{name} has dtype {:?}", info.dtype)))?;
             let shape = info.shape.iter().map(|&n| n as i64).collect();
             end = end.max(info.data_offsets.1);
-            entries.insert(
-                name,
-                Entry {
-                    kind,
-                    shape,
-                    start: info.data_offsets.0,
-                },
-            );
+            entries.insert(name, Entry { kind, shape, start: info.data_offsets.0 });
         }
         let length = mapping.bytes().len();
         if length != data_start + end {
-            return Err(damaged(format!(
-                "{length} bytes long, but its header describes {}",
-                data_start + end
-            )));
+            return Err(damaged(format!("{length} bytes long, but its header describes {}", data_start + end)));
         }
-        Ok(MappedFile {
-            path: path.to_owned(),
-            mapping,
-            data_start,
-            entries,
-        })
+        Ok(MappedFile { path: path.to_owned(), mapping, data_start, entries })
     }
 
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
@@ -75,9 +60,7 @@ impl MappedFile {
     /// The tensor as stored; on the CPU, over the mapping.
     pub(super) fn tensor(&self, name: &str) -> Result<Tensor> {
         let entry = &self.entries[name];
-        let tensor = self
-            .mapping
-            .tensor(self.data_start + entry.start, &entry.shape, entry.kind);
+        let tensor = self.mapping.tensor(self.data_start + entry.start, &entry.shape, entry.kind);
         Ok(tensor.map_err(|e| e.context(format!("reading {name} of {}", self.path.display())))?)
     }
 }
