@@ -31,7 +31,6 @@ def export(job: Job, out: Path) -> int:
     checks.equals_eager(kind, job.config, job.dtype)
 
     traced = tracing.trace(kind, job.config, job.dtype)
-    tracing.fill_blank(traced, job.dtype)
     checks.no_device(traced)
     data = tracing.packed(traced)
     checks.weightless(data)

@@ -1,7 +1,7 @@
 //! What callers see: the request as it arrives, the same request valid, and the reply. Serde types and pure rules, the
 //! words everything else is said in; no tensors, no network, no files.
 //!
-//! A request goes [`parse`] (names and JSON types) then [`validate`] (values and limits); nothing after that meets a
+//! A request goes [`parse()`] (names and JSON types) then [`validate()`] (values and limits); nothing after that meets a
 //! default that is missing or a number out of range. Names are diffusers' names.
 
 mod params;

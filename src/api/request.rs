@@ -1,5 +1,5 @@
 //! The request as it arrives. [`parse`] settles names and JSON types, so that every alias ends as one canonical field;
-//! whether the values make sense is [`validate`](super::validate)'s business. All fields of the contract are read here,
+//! whether the values make sense is [`validate`](super::validate())'s business. All fields of the contract are read here,
 //! those of later features too, so that they are refused by name and not as unknown.
 
 use serde::Deserialize;

@@ -313,3 +313,12 @@ fn what_a_caller_sent_is_repeated_in_part_only() {
         assert!(error.to_string().len() < 1000, "{}", error.to_string().len());
     }
 }
+
+#[test]
+fn deep_json_is_an_answer_and_not_a_stack_overflow() {
+    let deep = |depth| format!("{}1{}", "[".repeat(depth), "]".repeat(depth));
+    assert!(serde_json::from_str::<Value>(&deep(100_000)).is_err());
+    let deepest: Value = serde_json::from_str(&deep(120)).unwrap();
+    refused(json!({"loras": deepest}), "invalid_type", "loras[0]");
+    read(json!({"controlnets": [{"preprocess": {"params": {"any": deepest}}}]}));
+}

@@ -257,7 +257,8 @@ fn known_model(model: Option<String>, limits: &Limits) -> Result<()> {
     let Some(model) = model.filter(|model| !limits.models.contains(model)) else {
         return Ok(());
     };
-    let error = unsupported_feature("model", &format!("the model {:?}", shorten(&model, 80)));
+    let message = format!("this worker has no model {:?}", shorten(&model, 80));
+    let error = Error::new(ErrorClass::NotFound, "unknown_model", message).field("model");
     if limits.models.is_empty() {
         return Err(error);
     }

@@ -294,7 +294,6 @@ fn a_field_of_a_later_feature_is_refused_by_name() {
         ("mask_image", json!("x")),
         ("mask_blur", json!(4)),
         ("padding_mask_crop", json!(32)),
-        ("model", json!("other")),
         ("preset", json!("turbo")),
         ("prompt_weighting", json!("compel")),
         ("textual_inversions", json!([{}])),
@@ -315,10 +314,11 @@ fn a_field_of_a_later_feature_is_refused_by_name() {
         refused(json!({field: value}), "unsupported_feature", field);
     }
     refused(json!({"control_image": "x"}), "unsupported_feature", "controlnets");
-    let error = refused(json!({"model": "other"}), "unsupported_feature", "model");
+    let error = check(&with(json!({"model": "other"})), &limits()).unwrap_err();
+    assert_eq!((error.code, error.class, error.field.as_deref()), ("unknown_model", ErrorClass::NotFound, Some("model")));
     assert_eq!(error.remedy.unwrap(), "choose one of base, anime, or leave `model` out");
     let none = Limits { models: vec![], ..limits() };
-    assert_eq!(check(&with(json!({"model": "base"})), &none).unwrap_err().code, "unsupported_feature");
+    assert_eq!(check(&with(json!({"model": "base"})), &none).unwrap_err().code, "unknown_model");
 }
 
 #[test]
@@ -432,7 +432,7 @@ impl Random {
 fn whatever_arrives_is_answered() {
     let mut random = Random(1);
     let (mut codes, mut passed) = (std::collections::BTreeMap::<&str, usize>::new(), 0);
-    for _ in 0..100_000 {
+    for _ in 0..20_000 {
         let mut input = random.object(4);
         if random.below(2) == 0 {
             input["prompt"] = json!("a cat");
@@ -449,6 +449,6 @@ fn whatever_arrives_is_answered() {
             }
         }
     }
-    assert!(passed > 1000, "{passed}");
+    assert!(passed > 200, "{passed}");
     assert!(codes.len() >= 10, "{codes:?}");
 }

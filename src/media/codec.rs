@@ -30,7 +30,8 @@ pub fn encode(image: &RgbImage, format: OutputFormat, quality: u8, metadata: Opt
     })
 }
 
-/// The crate's fast setting: a tenth of the default's time for files a few per cent larger, and a picture is sent once.
+/// The crate's fast setting: milliseconds for a megapixel where the default takes hundreds, and for a picture with
+/// natural noise the file is about 1 % larger.
 fn encode_png(image: &RgbImage, metadata: Option<&Metadata>) -> anyhow::Result<Vec<u8>> {
     let mut bytes = Vec::with_capacity(image.len() + 4096);
     let mut encoder = png::Encoder::new(&mut bytes, image.width(), image.height());
@@ -77,4 +78,40 @@ pub fn to_data_uri(format: OutputFormat, bytes: &[u8]) -> String {
     let mut uri = format!("data:image/{};base64,", format.name());
     STANDARD.encode_string(bytes, &mut uri);
     uri
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image() -> RgbImage {
+        RgbImage::from_fn(128, 72, |x, y| image::Rgb([(x * y) as u8, (x * 7 % 251) as u8, (y * 13 % 241) as u8]))
+    }
+
+    #[test]
+    fn every_format_keeps_the_size_and_roughly_the_colours() {
+        let mean = |image: &RgbImage| image.iter().map(|v| f64::from(*v)).sum::<f64>() / image.len() as f64;
+        for format in [OutputFormat::Png, OutputFormat::Jpeg, OutputFormat::Webp] {
+            let bytes = encode(&image(), format, 95, None).unwrap();
+            let decoded = image::load_from_memory(&bytes).unwrap().into_rgb8();
+            assert_eq!(decoded.dimensions(), (128, 72));
+            assert!((mean(&decoded) - mean(&image())).abs() < 2.0, "{format:?}");
+            assert_eq!(decoded == image(), format == OutputFormat::Png, "{format:?}");
+        }
+    }
+
+    #[test]
+    fn quality_acts_on_the_lossy_formats_alone() {
+        let size = |format, quality| encode(&image(), format, quality, None).unwrap().len();
+        for format in [OutputFormat::Jpeg, OutputFormat::Webp] {
+            assert!(size(format, 0) < size(format, 50) && size(format, 50) < size(format, 100), "{format:?}");
+        }
+        assert_eq!(size(OutputFormat::Png, 0), size(OutputFormat::Png, 100));
+    }
+
+    #[test]
+    fn a_data_uri_names_the_media_type_and_holds_the_bytes() {
+        assert_eq!(to_data_uri(OutputFormat::Webp, b"\xff\x00a"), "data:image/webp;base64,/wBh");
+        assert_eq!(to_base64(b"ab"), "YWI=");
+    }
 }

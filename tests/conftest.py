@@ -1,0 +1,53 @@
+"""Options and the built things that all Python tests share. Run from the project's root, after `make build`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKER = ROOT / "target" / "release" / "sdxl-worker"
+TEST_MODELS = ROOT / "target" / "test-models"
+
+sys.path.insert(0, str(ROOT / "torchscript"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="all combinations and full-size models: long")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "full: runs only with --full")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--full"):
+        for item in items:
+            if "full" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs --full"))
+
+
+@pytest.fixture(scope="session")
+def worker() -> Path:
+    assert WORKER.exists(), "build first: cargo build --release"
+    return WORKER
+
+
+def python(*arguments) -> None:
+    subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="session")
+def test_models() -> dict[str, Path]:
+    """Two random tiny models that differ in every way a configuration can, and `graphs` for both in float32."""
+    models = {"default": TEST_MODELS / "default", "second": TEST_MODELS / "second"}
+    script = ROOT / "torchscript" / "tiny_models.py"
+    for name, folder in models.items():
+        index = folder / "model_index.json"
+        if not index.exists() or index.stat().st_mtime < script.stat().st_mtime:
+            python(script, "--out", folder, "--variant", name)
+    graphs = TEST_MODELS / "graphs"
+    chosen = [argument for folder in models.values() for argument in ("--model", folder)]
+    python(ROOT / "torchscript" / "export.py", *chosen, "--dtype", "float32", "--out", graphs)
+    return models | {"graphs": graphs}
