@@ -1,31 +1,99 @@
 //! The one way to run a job: from the request as JSON to encoded pictures. The command line, the local API and the
 //! RunPod worker all call this.
 
+use std::sync::Arc;
 use std::time::Instant;
 
+use image::RgbImage;
 use serde_json::Value;
 use tch::Tensor;
 
 use crate::api::{
-    GenerateParams, GenerateResponse, ImageDetails, Limits, OutputFormat, ResponseFormat, Timings, parse, validate,
+    GenerateParams, GenerateResponse, ImageDetails, Limits, OutputFormat, ResponseFormat, SchedulerKind, Timings,
+    parse, validate,
 };
 use crate::context::JobContext;
 use crate::engine::Engine;
-use crate::error::Result;
+use crate::error::{Error, ErrorClass, Result};
+use crate::job::{Job, PictureFile, Reply, Runner, Running};
 use crate::media::{self, Metadata};
 
+/// Runs jobs on an engine.
+pub struct Handler {
+    engine: Engine,
+    limits: Limits,
+}
+
+impl Handler {
+    /// What is accepted are the configured limits, with the loaded model's own defaults.
+    pub fn new(engine: Engine, max_pixels: u64, max_num_images: u32) -> Self {
+        let facts = engine.facts();
+        let limits = Limits {
+            default_height: facts.default_height,
+            default_width: facts.default_width,
+            default_scheduler: facts.default_scheduler,
+            models: vec![facts.name.clone()],
+            max_pixels,
+            max_num_images,
+            ..Limits::default()
+        };
+        Handler { engine, limits }
+    }
+
+    /// Runs the job whose `input` this is, and waits for it. Also gives the latents, float32
+    /// `[num_images, 4, h, w]`, before the VAE.
+    pub fn generate(&self, input: &Value, context: JobContext) -> Result<(JobOutput, Tensor)> {
+        let started = Instant::now();
+        let (request, mut warnings) = parse(input)?;
+        let params = validate(request, &self.limits)?;
+        let generation = self.engine.generate(params.clone(), context)?;
+        warnings.extend(generation.warnings);
+        let mut output = JobOutput {
+            images: Arc::new(generation.images),
+            pictures: Vec::new(),
+            scheduler: generation.scheduler,
+            model: self.engine.facts().name.clone(),
+            params,
+            timings: generation.timings,
+            warnings,
+        };
+        let encoding = Instant::now();
+        output.encode()?;
+        output.timings.add("encode_image", encoding.elapsed());
+        output.timings.add("total", started.elapsed());
+        Ok((output, generation.latents))
+    }
+}
+
+impl Runner for Arc<Handler> {
+    fn run(&self, job: Job, context: JobContext) -> Running {
+        let handler = self.clone();
+        // The engine's own thread computes; this one waits for it, and encodes the pictures.
+        let work = tokio::task::spawn_blocking(move || handler.generate(&job.input, context));
+        Box::pin(async move {
+            let (output, _) = work.await.map_err(|e| {
+                Error::new(ErrorClass::Internal, "internal", "the job failed for a reason of ours").source(e)
+            })??;
+            Ok(Box::new(output) as Box<dyn Reply>)
+        })
+    }
+}
+
 /// A finished job.
+#[derive(Clone)]
 pub struct JobOutput {
-    pub pictures: Vec<Picture>,
-    /// float32 `[num_images, 4, h, w]`, before the VAE.
-    pub latents: Tensor,
+    /// Kept, so that they can be encoded smaller.
+    images: Arc<Vec<RgbImage>>,
+    pictures: Vec<Picture>,
+    scheduler: SchedulerKind,
+    model: String,
+    params: GenerateParams,
     timings: Timings,
     warnings: Vec<String>,
-    seed: u64,
-    response_format: ResponseFormat,
 }
 
 /// One encoded picture.
+#[derive(Clone)]
 pub struct Picture {
     pub seed: u64,
     pub bytes: Vec<u8>,
@@ -38,46 +106,11 @@ impl Picture {
     }
 }
 
-/// Runs the job whose `input` this is.
-pub fn run(engine: &Engine, input: &Value, limits: &Limits, context: JobContext) -> Result<JobOutput> {
-    let started = Instant::now();
-    let (request, mut warnings) = parse(input)?;
-    let params = validate(request, limits)?;
-    let generation = engine.generate(params.clone(), context)?;
-    warnings.extend(generation.warnings);
-    let mut timings = generation.timings;
-
-    let encoding = Instant::now();
-    let mut pictures = Vec::new();
-    for (index, image) in (0..).zip(&generation.images) {
-        let own = params.for_image(index);
-        let GenerateParams { output_format: format, output_quality, embed_metadata, seed, .. } = own;
-        let metadata = embed_metadata.then(|| Metadata::new(&own, generation.scheduler, &engine.facts().name));
-        let bytes = media::encode(image, format, output_quality, metadata.as_ref())?;
-        let details = ImageDetails { width: image.width(), height: image.height(), format, bytes: bytes.len() };
-        pictures.push(Picture { seed, bytes, details });
-    }
-    timings.add("encode_image", encoding.elapsed());
-    timings.add("total", started.elapsed());
-    let (seed, response_format) = (params.seed, params.response_format);
-    Ok(JobOutput { pictures, latents: generation.latents, timings, warnings, seed, response_format })
-}
-
-/// What this worker accepts: the configured limits, with the loaded model's own defaults.
-pub fn limits(engine: &Engine, max_pixels: u64, max_num_images: u32) -> Limits {
-    let facts = engine.facts();
-    Limits {
-        default_height: facts.default_height,
-        default_width: facts.default_width,
-        default_scheduler: facts.default_scheduler,
-        models: vec![facts.name.clone()],
-        max_pixels,
-        max_num_images,
-        ..Limits::default()
-    }
-}
-
 impl JobOutput {
+    pub fn pictures(&self) -> &[Picture] {
+        &self.pictures
+    }
+
     pub fn timings(&self) -> &Timings {
         &self.timings
     }
@@ -86,14 +119,56 @@ impl JobOutput {
         &self.warnings
     }
 
-    /// The reply, with the pictures inside.
-    pub fn into_response(self) -> GenerateResponse {
-        let images = self.pictures.iter().map(|picture| match self.response_format {
+    /// Encodes every image as `params` say, its own parameters inside.
+    fn encode(&mut self) -> Result<()> {
+        self.pictures.clear();
+        for (index, image) in (0..).zip(self.images.iter()) {
+            let own = self.params.for_image(index);
+            let GenerateParams { output_format: format, output_quality, embed_metadata, seed, .. } = own;
+            let metadata = embed_metadata.then(|| Metadata::new(&own, self.scheduler, &self.model));
+            let bytes = media::encode(image, format, output_quality, metadata.as_ref())?;
+            let details = ImageDetails { width: image.width(), height: image.height(), format, bytes: bytes.len() };
+            self.pictures.push(Picture { seed, bytes, details });
+        }
+        Ok(())
+    }
+
+    /// The reply with these pictures, as data, base64 or links.
+    fn response(&self, images: Vec<String>) -> GenerateResponse {
+        let details = self.pictures.iter().map(|picture| picture.details.clone()).collect();
+        GenerateResponse::new(images, details, self.params.seed, self.timings.clone(), self.warnings.clone())
+    }
+}
+
+impl Reply for JobOutput {
+    fn to_json(&self) -> Value {
+        let images = self.pictures.iter().map(|picture| match self.params.response_format {
             ResponseFormat::B64Json => media::to_base64(&picture.bytes),
             ResponseFormat::DataUri | ResponseFormat::Url => media::to_data_uri(picture.format(), &picture.bytes),
         });
-        let images = images.collect();
-        let details = self.pictures.into_iter().map(|picture| picture.details).collect();
-        GenerateResponse::new(images, details, self.seed, self.timings, self.warnings)
+        serde_json::to_value(self.response(images.collect())).expect("a reply is JSON")
+    }
+
+    fn pictures(&self) -> Vec<PictureFile> {
+        let file = |picture: &Picture| PictureFile { bytes: picture.bytes.clone(), extension: picture.format().name() };
+        self.pictures.iter().map(file).collect()
+    }
+
+    fn with_links(&self, links: &[String]) -> Value {
+        serde_json::to_value(self.response(links.to_vec())).expect("a reply is JSON")
+    }
+
+    fn smaller(&self) -> Option<Box<dyn Reply>> {
+        let format = match self.params.output_format {
+            OutputFormat::Png => OutputFormat::Webp,
+            OutputFormat::Webp => OutputFormat::Jpeg,
+            OutputFormat::Jpeg => return None,
+        };
+        let mut smaller = self.clone();
+        let (from, to) = (self.params.output_format.name(), format.name());
+        smaller.warnings.push(format!("too large for the reply as {from}; encoded as {to}"));
+        smaller.params.output_format = format;
+        smaller.encode().ok()?;
+        Some(Box::new(smaller))
     }
 }

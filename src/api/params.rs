@@ -44,6 +44,8 @@ pub struct GenerateParams {
     pub output_quality: u8,
     pub embed_metadata: bool,
     pub response_format: ResponseFormat,
+    /// Steps from one preview to the next; 0 makes none.
+    pub preview_every: usize,
 }
 
 /// The curve of the noise levels.
@@ -129,6 +131,7 @@ pub fn effective_request(params: &GenerateParams, scheduler: SchedulerKind, mode
         output_format,
         output_quality,
         embed_metadata,
+        preview_every: _,
         response_format: _, // how the picture travelled says nothing about the picture
     } = params;
     let mut request = json!({

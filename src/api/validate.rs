@@ -135,10 +135,7 @@ pub fn validate(request: GenerateRequest, limits: &Limits) -> Result<GeneratePar
     ])?;
     let output_format = request.output_format.map_or(Ok(OutputFormat::Png), |name| output_format_from(&name))?;
     let output_quality = in_range("output_quality", request.output_quality.unwrap_or(95), 0..=100)? as u8;
-    refuse_later_features(&[
-        ("stream", request.stream == Some(true)),
-        ("preview_every", request.preview_every.is_some_and(|steps| steps != 0)),
-    ])?;
+    let preview_every = in_range("preview_every", request.preview_every.unwrap_or(0), 0..=max_steps)? as usize;
     let response_format =
         request.response_format.map_or(Ok(ResponseFormat::DataUri), |name| response_format_from(&name))?;
 
@@ -168,6 +165,7 @@ pub fn validate(request: GenerateRequest, limits: &Limits) -> Result<GeneratePar
         output_quality,
         embed_metadata: request.embed_metadata.unwrap_or(true),
         response_format,
+        preview_every,
     })
 }
 

@@ -64,6 +64,7 @@ fn a_prompt_alone_gets_the_contract_s_defaults() {
         output_quality: 95,
         embed_metadata: true,
         response_format: ResponseFormat::DataUri,
+        preview_every: 0,
     };
     assert_eq!(params, expected);
 }
@@ -103,6 +104,7 @@ fn every_value_reaches_its_parameter() {
         output_quality: 80,
         embed_metadata: false,
         response_format: ResponseFormat::B64Json,
+        preview_every: 0,
     };
     assert_eq!(params, expected);
     assert_eq!(accepted(json!({"sigma_schedule": "Karras"})).sigma_schedule, Some(SigmaSchedule::Karras));
@@ -307,15 +309,16 @@ fn a_field_of_a_later_feature_is_refused_by_name() {
         ("denoising_start", json!(0.8)),
         ("denoising_end", json!(0.8)),
         ("refiner", json!({})),
-        ("stream", json!(true)),
-        ("preview_every", json!(5)),
         ("response_format", json!("url")),
     ] {
         refused(json!({field: value}), "unsupported_feature", field);
     }
     refused(json!({"control_image": "x"}), "unsupported_feature", "controlnets");
     let error = check(&with(json!({"model": "other"})), &limits()).unwrap_err();
-    assert_eq!((error.code, error.class, error.field.as_deref()), ("unknown_model", ErrorClass::NotFound, Some("model")));
+    assert_eq!(
+        (error.code, error.class, error.field.as_deref()),
+        ("unknown_model", ErrorClass::NotFound, Some("model"))
+    );
     assert_eq!(error.remedy.unwrap(), "choose one of base, anime, or leave `model` out");
     let none = Limits { models: vec![], ..limits() };
     assert_eq!(check(&with(json!({"model": "base"})), &none).unwrap_err().code, "unknown_model");

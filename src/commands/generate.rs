@@ -8,10 +8,10 @@ use safetensors::tensor::TensorView;
 use serde_json::{Map, Value};
 use tch::Tensor;
 
-use super::{progress, start_engine};
+use super::{progress, start_handler};
 use crate::cli::{EngineArgs, GenerateArgs};
 use crate::error::{Error, Result};
-use crate::handler::{self, Picture};
+use crate::handler::Picture;
 use crate::media;
 
 /// Makes pictures and writes them into a folder; prints the path of each on stdout.
@@ -22,9 +22,8 @@ pub fn generate(arguments: &EngineArgs, options: &GenerateArgs) -> Result<()> {
     if let Some(parent) = options.save_latents.as_deref().and_then(Path::parent) {
         prepare_folder(if parent.as_os_str().is_empty() { Path::new(".") } else { parent })?;
     }
-    let engine = start_engine(arguments)?;
-    let limits = handler::limits(&engine, arguments.max_pixels, arguments.max_num_images);
-    let output = handler::run(&engine, &input, &limits, progress::shown(options.quiet))?;
+    let handler = start_handler(arguments)?;
+    let (output, latents) = handler.generate(&input, progress::shown(options.quiet))?;
     for warning in output.warnings() {
         tracing::warn!("{warning}");
     }
@@ -32,9 +31,9 @@ pub fn generate(arguments: &EngineArgs, options: &GenerateArgs) -> Result<()> {
     tracing::info!("{}", timings.join(", "));
 
     if let Some(path) = &options.save_latents {
-        write_whole(path, &latents_file(&output.latents)?)?;
+        write_whole(path, &latents_file(&latents)?)?;
     }
-    for picture in &output.pictures {
+    for picture in output.pictures() {
         let path = free_path(&options.output, picture);
         write_whole(&path, &picture.bytes)?;
         println!("{}", path.display());

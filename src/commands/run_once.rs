@@ -1,10 +1,10 @@
 use serde_json::Value;
 
-use super::start_engine;
+use super::start_handler;
 use crate::cli::EngineArgs;
 use crate::context::JobContext;
 use crate::error::{Error, Result};
-use crate::handler;
+use crate::job::Reply;
 
 const TEST_INPUT: &str = "test_input.json";
 
@@ -27,9 +27,7 @@ pub fn run_once(arguments: &EngineArgs, test_input: Option<&str>) -> Result<()> 
         Error::invalid("missing_field", "input", format!("the job in {name} has no `input`"))
             .remedy("a job is {\"input\": {\"prompt\": ...}}")
     })?;
-    let engine = start_engine(arguments)?;
-    let limits = handler::limits(&engine, arguments.max_pixels, arguments.max_num_images);
-    let output = handler::run(&engine, input, &limits, JobContext::default())?;
-    println!("{}", serde_json::to_string(&output.into_response()).expect("a reply is JSON"));
+    let (output, _) = start_handler(arguments)?.generate(input, JobContext::default())?;
+    println!("{}", output.to_json());
     Ok(())
 }

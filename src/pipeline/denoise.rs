@@ -24,6 +24,14 @@ impl Guidance {
     }
 }
 
+/// How the first image's latents are shown on the way.
+pub(super) struct Previews<'a> {
+    /// Steps from one to the next.
+    pub(super) every: usize,
+    /// From `[1, 4, h, w]` to a data URI.
+    pub(super) show: &'a dyn Fn(&Tensor) -> String,
+}
+
 /// Runs every step of `scheduler` on `latents`, `[num_images, 4, h, w]` of unit noise times `init_noise_sigma`.
 pub(super) fn denoise(
     unet: &UNet,
@@ -32,6 +40,7 @@ pub(super) fn denoise(
     scheduler: &mut dyn Scheduler,
     noise: &mut NoiseSource,
     mut latents: Tensor,
+    previews: Option<Previews>,
     context: &JobContext,
 ) -> Result<Tensor> {
     let batch = conditions.encoder_hidden_states.size()[0];
@@ -40,7 +49,9 @@ pub(super) fn denoise(
     for (step, timestep) in timesteps.iter().enumerate() {
         context.check_cancelled()?;
         let seconds_left = (step > 0).then(|| started.elapsed().as_secs_f64() / step as f64 * (steps - step) as f64);
-        context.report(Progress::Denoising { step, steps, seconds_left, preview: None });
+        let shown = previews.as_ref().filter(|p| step > 0 && step % p.every == 0);
+        let preview = shown.map(|p| (p.show)(&scheduler.scale_model_input(&latents.narrow(0, 0, 1), step)));
+        context.report(Progress::Denoising { step, steps, seconds_left, preview });
 
         let sample = if guidance.is_on() { Tensor::cat(&[&latents, &latents], 0) } else { latents.shallow_clone() };
         let noise_pred = unet.forward(&UNetInputs {

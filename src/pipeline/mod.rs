@@ -3,6 +3,7 @@
 mod denoise;
 mod image_processor;
 mod memory;
+mod preview;
 mod prompt;
 mod tokenizer;
 
@@ -13,13 +14,15 @@ use image::RgbImage;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-use crate::api::{GenerateParams, SchedulerKind, SigmaSchedule, Timings};
+use crate::api::{GenerateParams, OutputFormat, SchedulerKind, SigmaSchedule, Timings};
 use crate::context::{JobContext, Progress};
 use crate::error::{Error, ErrorClass, Result};
+use crate::media;
 use crate::models::{GraphSet, ModelDir, TextEncoder, UNet, Vae};
 use crate::schedulers::{self, NoiseSource, SchedulerConfig, StepOptions};
 use crate::weights::Checkpoint;
-use denoise::{Guidance, denoise, is_finite};
+use denoise::{Guidance, Previews, denoise, is_finite};
+use preview::PreviewMap;
 use prompt::{PromptEncoder, TextStage};
 pub use tokenizer::{ClipTokenizer, TokenIds};
 
@@ -85,6 +88,8 @@ pub struct StableDiffusionXlPipeline {
     /// Loaded when a 16-bit decode overflows.
     vae_float32: Option<Vae>,
     scheduler_config: SchedulerConfig,
+    /// Fitted when the first preview is asked for.
+    preview_map: Option<PreviewMap>,
 }
 
 impl StableDiffusionXlPipeline {
@@ -136,6 +141,7 @@ impl StableDiffusionXlPipeline {
             vae_config,
             vae_float32: None,
             scheduler_config,
+            preview_map: None,
             settings,
         })
     }
@@ -211,7 +217,16 @@ impl Pipeline for StableDiffusionXlPipeline {
 
         // 3. denoise
         let started = Instant::now();
-        let latents = denoise(&self.unet, &conditions, &guidance, scheduler.as_mut(), &mut noise, latents, context)?;
+        if params.preview_every > 0 && self.preview_map.is_none() {
+            self.preview_map = Some(PreviewMap::fit(&self.vae, self.unet.in_channels, kind, device)?);
+        }
+        let show = |latents: &Tensor| {
+            let map = self.preview_map.as_ref().expect("fitted above");
+            preview_data_uri(&map.picture(latents))
+        };
+        let previews = (params.preview_every > 0).then_some(Previews { every: params.preview_every, show: &show });
+        let latents =
+            denoise(&self.unet, &conditions, &guidance, scheduler.as_mut(), &mut noise, latents, previews, context)?;
         timings.add("denoise", started.elapsed());
 
         // 4. decode, one image after the other: the decoder's activations are the largest of the run
@@ -228,6 +243,12 @@ impl Pipeline for StableDiffusionXlPipeline {
         let latents = latents.to_device(Device::Cpu).to_kind(Kind::Float);
         Ok(Generation { images, latents, scheduler: scheduler_kind, timings, warnings })
     }
+}
+
+/// A JPEG: a preview is small and soon gone.
+fn preview_data_uri(picture: &RgbImage) -> String {
+    let bytes = media::encode(picture, OutputFormat::Jpeg, 80, None);
+    bytes.map(|bytes| media::to_data_uri(OutputFormat::Jpeg, &bytes)).unwrap_or_default()
 }
 
 /// The scheduler that the model names.
