@@ -376,17 +376,20 @@ pub enum LogLevel {
     Info,
     Debug,
     Trace,
+    Off,
 }
 
 impl FromStr for LogLevel {
     type Err = Infallible;
 
     fn from_str(text: &str) -> Result<Self, Infallible> {
+        // names, and the numbers that RunPod's SDK gives them
         Ok(match text.trim().to_ascii_lowercase().as_str() {
-            "error" | "critical" => LogLevel::Error,
-            "warn" | "warning" => LogLevel::Warn,
-            "debug" => LogLevel::Debug,
-            "trace" | "notset" => LogLevel::Trace,
+            "error" | "critical" | "5" => LogLevel::Error,
+            "warn" | "warning" | "4" => LogLevel::Warn,
+            "debug" | "2" => LogLevel::Debug,
+            "trace" | "1" => LogLevel::Trace,
+            "notset" | "off" | "0" => LogLevel::Off,
             _ => LogLevel::Info,
         })
     }
@@ -400,6 +403,7 @@ impl fmt::Display for LogLevel {
             LogLevel::Info => "info",
             LogLevel::Debug => "debug",
             LogLevel::Trace => "trace",
+            LogLevel::Off => "off",
         })
     }
 }

@@ -89,7 +89,7 @@ fn catch<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
         Ok(Err(error)) if error.code == "internal" => {
             let causes = error.source.iter().flat_map(|e| e.chain().map(|cause| cause.to_string()).collect::<Vec<_>>());
             let text = causes.collect::<Vec<_>>().join("\n");
-            Err(if is_out_of_memory(&text) { out_of_memory(&text) } else { error })
+            Err(if is_out_of_memory(&text) { out_of_memory(&text) } else { fault_of_ours(&text) })
         }
         Ok(result) => result,
         Err(payload) => {
@@ -97,10 +97,15 @@ fn catch<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
             if is_out_of_memory(&text) {
                 return Err(out_of_memory(&text));
             }
-            let error = Error::new(ErrorClass::Internal, "internal", "the job failed for a reason of ours");
-            Err(error.source(anyhow::anyhow!(first_line(&text).to_owned())).remedy("report it, with the request"))
+            Err(fault_of_ours(&text))
         }
     }
+}
+
+fn fault_of_ours(text: &str) -> Error {
+    Error::new(ErrorClass::Internal, "internal", "the job failed for a reason of ours")
+        .source(anyhow::anyhow!(first_line(text).to_owned()))
+        .remedy("report it, with the request")
 }
 
 fn panic_text(payload: &(dyn Any + Send)) -> String {
@@ -119,9 +124,9 @@ fn out_of_memory(text: &str) -> Error {
         .remedy("ask for a smaller size or fewer images, or decode in tiles (--vae-tiling on)")
 }
 
-/// torch's messages go on with a C++ stack.
+/// torch's messages go on with a C++ stack; in tch's panics its line breaks are escaped.
 fn first_line(text: &str) -> &str {
-    text.lines().next().unwrap_or_default()
+    text.split(['\n']).next().and_then(|line| line.split("\\n").next()).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@
 //! - [`models`], [`schedulers`], [`media`]: graphs, noise schedules, picture files
 //! - [`weights`]: checkpoints into graphs
 //! - [`torch`]: what tch has no binding for; the only `unsafe`
-//! - [`api`], [`error`], [`context`], [`device`], [`memory`]: the words everything else is said in
+//! - [`api`], [`error`], [`context`], [`job`], [`device`], [`memory`], [`telemetry`]: the words everything else is said in
 
 pub mod api;
 pub mod cli;
@@ -27,5 +27,6 @@ pub mod memory;
 pub mod models;
 pub mod pipeline;
 pub mod schedulers;
+pub mod telemetry;
 pub mod torch;
 pub mod weights;

@@ -38,7 +38,7 @@ fn cgroup_available(root: &Path) -> Option<u64> {
 pub fn format_bytes(bytes: u64) -> String {
     match bytes {
         0..1_048_576 => format!("{bytes} bytes"),
-        1_048_576..1_073_741_824 => format!("{:.0} MB", bytes as f64 / 1_048_576.0),
+        1_048_576..1_073_741_824 => format!("{:.1} MB", bytes as f64 / 1_048_576.0),
         _ => format!("{:.1} GB", bytes as f64 / 1_073_741_824.0),
     }
 }

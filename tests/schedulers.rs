@@ -66,5 +66,5 @@ fn ddim_refuses_epsilon_prediction_with_zero_terminal_snr() {
 #[test]
 fn an_unknown_value_of_a_known_key_is_an_error() {
     let error = SchedulerConfig::from_json(r#"{"timestep_spacing": "sideways"}"#).err().unwrap();
-    assert_eq!(error.code, "model_invalid");
+    assert!(error.to_string().contains("sideways"));
 }

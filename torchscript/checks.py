@@ -60,7 +60,11 @@ def equals_eager(kind: type[Graph], config: Config, dtype: str) -> None:
     with torch.no_grad(), torch.jit.optimized_execution(False):
         for size in SIZES:
             inputs = example(kind, small, dtype, size)
-            same(graph(*inputs), kind.reference(reference, *inputs), f"{kind.component} {dtype} at {size}")
+            try:
+                outputs = graph(*inputs)
+            except RuntimeError as error:
+                raise ExportError(f"{size}: the graph cannot run at this size: {error}") from error
+            same(outputs, kind.reference(reference, *inputs), str(size))
 
 
 def same(actual: Tensors, expected: Tensors, where: str) -> None:

@@ -81,6 +81,9 @@ def run(options: argparse.Namespace) -> None:
     if missing:
         print(f"making {len(missing)} graphs", flush=True)
         import graphs  # noqa: F401  # the slow imports, so that the first graph's time is its own
+        import torch
+
+        torch.set_num_threads(1)  # small tensors all: threads would wait for each other most of the time
     for job in missing:
         start = time.monotonic()
         try:

@@ -102,7 +102,8 @@ impl SchedulerKind {
             None => {
                 let known = supported_names();
                 let message = format!("`{field}` must be one of {known}, got {:?}", shorten(name, 40));
-                let close = nearest(name, SCHEDULERS.iter().map(|row| row.name)).unwrap_or_default();
+                let close = nearest(name, SCHEDULERS.iter().filter(|row| row.kind.is_some()).map(|row| row.name))
+                    .unwrap_or_default();
                 Err(Error::invalid("unknown_scheduler", field, message)
                     .remedy(format!("choose one of {known}; the nearest known name is {close}")))
             }

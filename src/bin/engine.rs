@@ -1,12 +1,11 @@
 //! The program that does the work. People start `sdxl-worker`, which finds libtorch and becomes this one.
 
-use std::io::{IsTerminal, stderr};
 use std::process::ExitCode;
 
 use sdxl_worker::cli::{Cli, Command};
 use sdxl_worker::commands;
 use sdxl_worker::error::Result;
-use tracing_subscriber::EnvFilter;
+use sdxl_worker::telemetry::{self, LogFormat};
 
 fn main() -> ExitCode {
     let cli = match Cli::parse_arguments(std::env::args_os()) {
@@ -14,13 +13,10 @@ fn main() -> ExitCode {
         // the launcher has answered these already, unless somebody started the engine by hand
         Err(answer) => answer.exit(),
     };
-    let level = format!("sdxl_worker={}", cli.engine.log_level);
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::new(level))
-        .with_writer(stderr)
-        .with_ansi(stderr().is_terminal())
-        .with_target(false)
-        .init();
+    // the platform is where an endpoint has an id; elsewhere a person reads
+    let on_platform = std::env::var_os("RUNPOD_ENDPOINT_ID").is_some();
+    let format = if on_platform { LogFormat::Platform } else { LogFormat::Human };
+    telemetry::init(&cli.engine.log_level.to_string(), format);
     // A job's panic is answered as an error; the log needs the place, not the words, which may quote the request.
     std::panic::set_hook(Box::new(|panic| {
         let place = panic.location().map(ToString::to_string).unwrap_or_default();

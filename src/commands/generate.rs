@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 use tch::Tensor;
 
 use super::{progress, start_handler};
+use crate::api::parse;
 use crate::cli::{EngineArgs, GenerateArgs};
 use crate::error::{Error, Result};
 use crate::handler::Picture;
@@ -17,10 +18,15 @@ use crate::media;
 /// Makes pictures and writes them into a folder; prints the path of each on stdout.
 pub fn generate(arguments: &EngineArgs, options: &GenerateArgs) -> Result<()> {
     let input = request(options)?;
+    // a misspelled field is told before the model is loaded
+    parse(&input)?;
     // Whatever can be wrong with the folder is better known before the work than after it.
     prepare_folder(&options.output)?;
     if let Some(parent) = options.save_latents.as_deref().and_then(Path::parent) {
         prepare_folder(if parent.as_os_str().is_empty() { Path::new(".") } else { parent })?;
+    }
+    if let Some(folder) = options.save_latents.as_deref().filter(|path| path.is_dir()) {
+        return Err(unwritable(folder, anyhow::anyhow!("it is a folder")));
     }
     let handler = start_handler(arguments)?;
     let (output, latents) = handler.generate(&input, progress::shown(options.quiet))?;
@@ -71,27 +77,33 @@ pub(super) fn request_from_file(path: &Path) -> Result<Map<String, Value>> {
     } else {
         fs::read_to_string(path)
     };
+    let name = if path.as_os_str() == "-" { "standard input".into() } else { path.display().to_string() };
     let text = text.map_err(|e| unreadable("--input", path, e))?;
-    let value: Value = serde_json::from_str(&text)
-        .map_err(|e| Error::invalid("invalid_json", "--input", format!("{} is not JSON", path.display())).source(e))?;
+    let value: Value = serde_json::from_str(&text).map_err(|e| {
+        Error::invalid("invalid_json", "--input", format!("{name} is not JSON")).source(e).remedy(REQUEST_HINT)
+    })?;
     let input = match value {
         Value::Object(mut job) if job.get("input").is_some_and(Value::is_object) => job.remove("input"),
         other => Some(other),
     };
     match input {
         Some(Value::Object(fields)) => Ok(fields),
-        _ => Err(Error::invalid("invalid_type", "--input", "a request is a JSON object")),
+        _ => Err(Error::invalid("invalid_type", "--input", "a request is a JSON object").remedy(REQUEST_HINT)),
     }
 }
 
 fn unreadable(option: &str, path: &Path, error: std::io::Error) -> Error {
-    Error::invalid("unreadable_file", option, format!("{} cannot be read", path.display())).source(error)
+    Error::invalid("unreadable_file", option, format!("{} cannot be read", path.display()))
+        .source(error)
+        .remedy(format!("give {option} a file that is there and that this user may read"))
 }
+
+const REQUEST_HINT: &str = "write {\"prompt\": \"...\"}, or {\"input\": {\"prompt\": \"...\"}}";
 
 fn unwritable(path: &Path, error: impl Into<anyhow::Error>) -> Error {
     Error::setup("output_unwritable", format!("{} cannot be written", path.display()))
         .source(error)
-        .remedy("give --output a folder that this user may write to")
+        .remedy("name a place that this user may write to, with --output or --save-latents")
 }
 
 /// Makes the folder and proves that files can be made in it.

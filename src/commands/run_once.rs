@@ -1,11 +1,13 @@
 use serde_json::Value;
 
 use super::start_handler;
+use crate::api::parse;
 use crate::cli::EngineArgs;
 use crate::context::JobContext;
 use crate::error::{Error, Result};
 use crate::job::Reply;
 
+const JOB_HINT: &str = "a job is {\"input\": {\"prompt\": \"...\"}}";
 const TEST_INPUT: &str = "test_input.json";
 
 /// Runs one job, `--test_input` or ./test_input.json, and prints the reply as JSON: what RunPod's SDK does outside RunPod.
@@ -21,12 +23,12 @@ pub fn run_once(arguments: &EngineArgs, test_input: Option<&str>) -> Result<()> 
             (text, TEST_INPUT)
         }
     };
-    let job: Value =
-        serde_json::from_str(&text).map_err(|e| Error::invalid("invalid_json", name, "this is not JSON").source(e))?;
+    let job: Value = serde_json::from_str(&text)
+        .map_err(|e| Error::invalid("invalid_json", name, format!("{name} is not JSON")).source(e).remedy(JOB_HINT))?;
     let input = job.get("input").ok_or_else(|| {
-        Error::invalid("missing_field", "input", format!("the job in {name} has no `input`"))
-            .remedy("a job is {\"input\": {\"prompt\": ...}}")
+        Error::invalid("missing_field", "input", format!("the job in {name} has no `input`")).remedy(JOB_HINT)
     })?;
+    parse(input)?;
     let (output, _) = start_handler(arguments)?.generate(input, JobContext::default())?;
     println!("{}", output.to_json());
     Ok(())

@@ -21,7 +21,6 @@ pub struct GraphSet {
 
 #[derive(Deserialize)]
 struct Manifest {
-    format: u64,
     graphs: Vec<GraphEntry>,
 }
 
@@ -51,12 +50,14 @@ impl GraphSet {
         let setup = |code, message| Error::setup(code, message).remedy(EXPORT_HINT);
         let text = std::fs::read_to_string(&path)
             .map_err(|e| setup("graphs_not_found", format!("there are no graphs in {}", dir.display())).source(e))?;
-        let manifest: Manifest = serde_json::from_str(&text)
-            .map_err(|e| setup("graphs_invalid", format!("{} cannot be read", path.display())).source(e))?;
-        if manifest.format != FORMAT {
-            let message = format!("{} has format {}, this version reads {FORMAT}", path.display(), manifest.format);
+        let unreadable = |e| setup("graphs_invalid", format!("{} cannot be read", path.display())).source(e);
+        let manifest: Value = serde_json::from_str(&text).map_err(|e| unreadable(anyhow::Error::from(e)))?;
+        let format = &manifest["format"];
+        if *format != FORMAT {
+            let message = format!("{} has format {format}, this version reads {FORMAT}", path.display());
             return Err(setup("graphs_invalid", message));
         }
+        let manifest: Manifest = serde_json::from_value(manifest).map_err(|e| unreadable(anyhow::Error::from(e)))?;
         Ok(GraphSet { dir: dir.to_owned(), graphs: manifest.graphs })
     }
 

@@ -20,6 +20,11 @@ impl ModelDir {
                 .remedy("give --model (or MODEL_ID) a folder in the diffusers layout"));
         }
         let index = read_json(&path.join("model_index.json"))?;
+        let class = index.get("_class_name").and_then(Value::as_str).unwrap_or("no class");
+        if !class.starts_with("StableDiffusionXL") {
+            let message = format!("{} is a model of {class}", path.display());
+            return Err(Error::setup("unsupported_model", message).remedy("give --model a Stable Diffusion XL model"));
+        }
         Ok(ModelDir { path: path.to_owned(), index })
     }
 
@@ -43,7 +48,9 @@ impl ModelDir {
 
     pub fn scheduler_config(&self) -> Result<SchedulerConfig> {
         let path = self.component("scheduler").join("scheduler_config.json");
-        SchedulerConfig::from_json(&read_text(&path)?)
+        SchedulerConfig::from_json(&read_text(&path)?).map_err(|e| {
+            Error::setup("model_invalid", format!("{} cannot be read", path.display())).source(e).remedy(WHOLE_MODEL)
+        })
     }
 
     /// Whether an absent negative prompt means zeros rather than the encoding of an empty text.
@@ -54,16 +61,17 @@ impl ModelDir {
 
 fn read_text(path: &Path) -> Result<String> {
     std::fs::read_to_string(path).map_err(|e| {
-        Error::setup("model_invalid", format!("{} cannot be read", path.display()))
-            .source(e)
-            .remedy("the model folder must be whole, in the diffusers layout")
+        Error::setup("model_invalid", format!("{} cannot be read", path.display())).source(e).remedy(WHOLE_MODEL)
     })
 }
 
+const WHOLE_MODEL: &str = "the model folder must be whole, in the diffusers layout; download it again";
+
 /// Reads a JSON file of the model.
 pub(super) fn read_json(path: &Path) -> Result<Value> {
-    serde_json::from_str(&read_text(path)?)
-        .map_err(|e| Error::setup("model_invalid", format!("{} is not JSON", path.display())).source(e))
+    serde_json::from_str(&read_text(path)?).map_err(|e| {
+        Error::setup("model_invalid", format!("{} is not JSON", path.display())).source(e).remedy(WHOLE_MODEL)
+    })
 }
 
 /// A whole number of a configuration, or the default that diffusers gives it.

@@ -13,6 +13,10 @@ use crate::weights::{Checkpoint, Weights};
 pub struct TextEncoder {
     module: Module,
     projection_dim: i64,
+    /// Tokens of a text, padding included.
+    pub max_position_embeddings: i64,
+    /// Ids are below this.
+    pub vocab_size: i64,
 }
 
 /// What an encoder makes of token ids `[batch, 77]`.
@@ -36,7 +40,12 @@ impl TextEncoder {
         entry.expect_inputs(&["input_ids"])?;
         let module = graphs.load(entry, device)?;
         Weights::new(checkpoint, device, kind).bind(&module, |name| entry.has_parameter(name))?;
-        Ok(TextEncoder { module, projection_dim: integer(config, "projection_dim", 512) })
+        Ok(TextEncoder {
+            module,
+            projection_dim: integer(config, "projection_dim", 512),
+            max_position_embeddings: integer(config, "max_position_embeddings", 77),
+            vocab_size: integer(config, "vocab_size", 49_408),
+        })
     }
 
     /// `input_ids`: int64 `[batch, 77]`, on the encoder's device.

@@ -32,17 +32,23 @@ pub(super) struct Previews<'a> {
     pub(super) show: &'a dyn Fn(&Tensor) -> String,
 }
 
+/// What leads the denoising.
+pub(super) struct Lead<'a> {
+    pub(super) conditions: &'a Conditions,
+    pub(super) guidance: &'a Guidance,
+    pub(super) previews: Option<Previews<'a>>,
+}
+
 /// Runs every step of `scheduler` on `latents`, `[num_images, 4, h, w]` of unit noise times `init_noise_sigma`.
 pub(super) fn denoise(
     unet: &UNet,
-    conditions: &Conditions,
-    guidance: &Guidance,
+    lead: &Lead,
     scheduler: &mut dyn Scheduler,
     noise: &mut NoiseSource,
     mut latents: Tensor,
-    previews: Option<Previews>,
     context: &JobContext,
 ) -> Result<Tensor> {
+    let Lead { conditions, guidance, previews } = lead;
     let batch = conditions.encoder_hidden_states.size()[0];
     let timesteps = scheduler.timesteps().to_vec();
     let (steps, started) = (timesteps.len(), Instant::now());

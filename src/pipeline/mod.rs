@@ -21,7 +21,7 @@ use crate::media;
 use crate::models::{GraphSet, ModelDir, TextEncoder, UNet, Vae};
 use crate::schedulers::{self, NoiseSource, SchedulerConfig, StepOptions};
 use crate::weights::Checkpoint;
-use denoise::{Guidance, Previews, denoise, is_finite};
+use denoise::{Guidance, Lead, Previews, denoise, is_finite};
 use preview::PreviewMap;
 use prompt::{PromptEncoder, TextStage};
 pub use tokenizer::{ClipTokenizer, TokenIds};
@@ -162,7 +162,8 @@ impl StableDiffusionXlPipeline {
         }
         if !is_finite(&image) {
             let message = "the decoded picture is not finite: the VAE's weights are damaged";
-            return Err(Error::new(ErrorClass::Internal, "non_finite_image", message));
+            let remedy = "download the VAE again, or try --vae-dtype float32";
+            return Err(Error::new(ErrorClass::Internal, "non_finite_image", message).remedy(remedy));
         }
         Ok(image_processor::postprocess(&image))
     }
@@ -225,8 +226,8 @@ impl Pipeline for StableDiffusionXlPipeline {
             preview_data_uri(&map.picture(latents))
         };
         let previews = (params.preview_every > 0).then_some(Previews { every: params.preview_every, show: &show });
-        let latents =
-            denoise(&self.unet, &conditions, &guidance, scheduler.as_mut(), &mut noise, latents, previews, context)?;
+        let lead = Lead { conditions: &conditions, guidance: &guidance, previews };
+        let latents = denoise(&self.unet, &lead, scheduler.as_mut(), &mut noise, latents, context)?;
         timings.add("denoise", started.elapsed());
 
         // 4. decode, one image after the other: the decoder's activations are the largest of the run
@@ -256,7 +257,7 @@ fn default_scheduler(config: &SchedulerConfig) -> Result<SchedulerKind> {
     let name = config.class_name.as_deref().unwrap_or("EulerDiscreteScheduler");
     SchedulerKind::from_name(name, "scheduler").map_err(|e| {
         Error::setup("unsupported_model", format!("the model's own scheduler is {name}"))
-            .source(e)
+            .source(anyhow::anyhow!(e.message))
             .remedy("set `_class_name` in its scheduler_config.json to one of the supported schedulers")
     })
 }
@@ -277,10 +278,18 @@ fn load_text_stage(settings: &Settings, model: &ModelDir, graphs: &GraphSet, suf
     let weights = checkpoint(settings, model, &component, settings.kind)?;
     let target = (settings.kind, settings.device);
     let config = model.config(&component)?;
-    Ok(TextStage {
-        tokenizer: ClipTokenizer::load(&model.component(&format!("tokenizer{suffix}")))?,
-        encoder: TextEncoder::load(&component, graphs, &config, weights, model.path(), target)?,
-    })
+    let folder = model.component(&format!("tokenizer{suffix}"));
+    let tokenizer = ClipTokenizer::load(&folder)?;
+    let encoder = TextEncoder::load(&component, graphs, &config, weights, model.path(), target)?;
+    let (length, ids) = (tokenizer.max_length() as i64, tokenizer.vocab_size() as i64);
+    if length != encoder.max_position_embeddings || ids > encoder.vocab_size {
+        let (path, takes, known) = (folder.display(), encoder.max_position_embeddings, encoder.vocab_size);
+        let message = format!(
+            "{path} gives {length} tokens with ids below {ids}, {component} takes {takes} with ids below {known}"
+        );
+        return Err(Error::setup("model_invalid", message).remedy("use the tokenizer that belongs to the text encoder"));
+    }
+    Ok(TextStage { tokenizer, encoder })
 }
 
 fn load_vae(settings: &Settings, model: &ModelDir, graphs: &GraphSet, config: &Value, kind: Kind) -> Result<Vae> {

@@ -71,6 +71,12 @@ impl ClipTokenizer {
     pub fn max_length(&self) -> usize {
         self.max_length
     }
+
+    /// One more than the highest id it gives.
+    pub fn vocab_size(&self) -> usize {
+        let ids = self.tokenizer.get_vocab(true).into_values();
+        ids.max().map_or(0, |id| id as usize + 1)
+    }
 }
 
 /// The tokenizer that `transformers` 5 builds in `tokenization_clip.py`.
@@ -142,8 +148,10 @@ impl SpecialTokens {
 
 fn read_optional_json(path: &Path) -> Result<Value> {
     match std::fs::read_to_string(path) {
-        Ok(text) => serde_json::from_str(&text)
-            .map_err(|e| Error::setup("model_invalid", format!("{} is not JSON", path.display())).source(e)),
+        Ok(text) => serde_json::from_str(&text).map_err(|e| {
+            let message = format!("{} is not JSON", path.display());
+            Error::setup("model_invalid", message).source(e).remedy("download the model's tokenizer again")
+        }),
         Err(_) => Ok(Value::Null),
     }
 }

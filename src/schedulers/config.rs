@@ -1,7 +1,5 @@
 use serde::Deserialize;
 
-use crate::error::{Error, Result};
-
 /// `scheduler_config.json`. Keys keep diffusers' names; one that is absent takes the default of the class that reads it.
 #[derive(Debug, Clone, Default, Deserialize)]
 pub struct SchedulerConfig {
@@ -84,9 +82,10 @@ pub(super) enum FinalSigmasType {
 /// The defaults that all classes share.
 impl SchedulerConfig {
     /// Reads the file's text; an unknown value of a known key is an error, since guessing would change the picture.
-    pub fn from_json(text: &str) -> Result<Self> {
-        serde_json::from_str(text)
-            .map_err(|e| Error::setup("model_invalid", "scheduler_config.json cannot be read").source(e))
+    pub fn from_json(text: &str) -> anyhow::Result<Self> {
+        let config: Self = serde_json::from_str(text)?;
+        anyhow::ensure!(config.num_train_timesteps() > 0, "num_train_timesteps must be above 0");
+        Ok(config)
     }
 
     pub(super) fn num_train_timesteps(&self) -> usize {

@@ -56,7 +56,7 @@ impl Metrics {
         };
         // so that a rate can be computed from the first job on
         for status in [Status::Completed, Status::Failed, Status::Cancelled, Status::TimedOut] {
-            metrics.jobs.get_or_create(&[("outcome", status.name().into())]);
+            drop(metrics.jobs.get_or_create(&[("outcome", status.name().into())]));
         }
         let registry = &mut metrics.registry;
         registry.register("jobs", "Jobs that ended, by outcome", metrics.jobs.clone());

@@ -110,9 +110,9 @@ pub struct Hooks {
     /// Posts a webhook. `None`: a request that names one is refused.
     pub post_webhook: Option<PostWebhook>,
     /// Read at each `/metrics`; `None` from it where there is no GPU.
-    pub gpu_memory: Option<Arc<dyn Fn() -> Option<GpuMemory> + Send + Sync>>,
+    pub gpu_memory: Option<ReadGpuMemory>,
     /// Read at each `/metrics`: how long the phases of the start took, those that are over.
-    pub cold_start: Option<Arc<dyn Fn() -> Vec<(&'static str, Duration)> + Send + Sync>>,
+    pub cold_start: Option<ColdStart>,
 }
 
 pub type Encode = Arc<dyn Fn(Finished) -> Boxed<Result<Value>> + Send + Sync>;
@@ -128,6 +128,10 @@ pub struct Finished {
 /// Posts the JSON text (second) to the address (first) and says with which status it was answered. It guards against
 /// private addresses and has its own timeout; an `InvalidInput` error means that there is no point in trying again.
 pub type PostWebhook = Arc<dyn Fn(String, String) -> Boxed<Result<u16>> + Send + Sync>;
+
+pub type ReadGpuMemory = Arc<dyn Fn() -> Option<GpuMemory> + Send + Sync>;
+
+pub type ColdStart = Arc<dyn Fn() -> Vec<(&'static str, Duration)> + Send + Sync>;
 
 #[derive(Debug, Clone, Copy)]
 pub struct GpuMemory {

@@ -25,7 +25,12 @@ pub(super) struct Webhook<'a> {
 
 impl Webhook<'_> {
     /// Whether it was taken. When the server stops, the tries that are left follow at once.
-    pub(super) async fn deliver(&self, post: &PostWebhook, pause: Duration, mut closing: watch::Receiver<bool>) -> bool {
+    pub(super) async fn deliver(
+        &self,
+        post: &PostWebhook,
+        pause: Duration,
+        mut closing: watch::Receiver<bool>,
+    ) -> bool {
         let id = &self.state.id;
         for attempt in 1..=TRIES {
             let answer = {

@@ -108,7 +108,7 @@ pub(super) struct JobState {
     pub(super) delay_time: Option<u64>,
     /// The error as JSON text: a JSON string with an object inside.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) error: Option<Arc<str>>,
+    pub(super) error: Option<String>,
     /// Milliseconds the job ran.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) execution_time: Option<u64>,
@@ -146,7 +146,7 @@ pub(super) struct JobStatus {
 #[derive(Debug, Serialize, JsonSchema)]
 pub(super) struct StreamReply {
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) error: Option<Arc<str>>,
+    pub(super) error: Option<String>,
     pub(super) id: String,
     pub(super) status: Status,
     pub(super) stream: Vec<Chunk>,
@@ -211,7 +211,7 @@ pub(super) struct RealtimeReply {
     #[schemars(with = "Option<GenerateResponse>")]
     pub(super) output: Option<Json>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) error: Option<Arc<str>>,
+    pub(super) error: Option<String>,
 }
 
 /// Every answer that is not 2xx.
@@ -226,42 +226,41 @@ pub(super) struct ErrorReply {
 /// What is wrong with a request's body, in the words of the SDK's local API.
 #[derive(Debug)]
 pub(super) struct BodyProblem {
-    kind: &'static str,
-    loc: Vec<Value>,
+    pub(super) field: String,
     pub(super) message: String,
-    /// What stands there, where it is short enough to be shown.
-    input: Value,
-    reason: Option<String>,
+    /// `{type, loc, msg, input}`
+    pub(super) detail: Value,
 }
 
 impl BodyProblem {
-    fn new(kind: &'static str, field: Option<&str>, message: &str, input: Option<&str>) -> Self {
-        let loc = std::iter::once("body").chain(field).map(Value::from).collect();
+    fn new(kind: &str, loc: &[&str], message: &str, input: Value) -> Self {
+        let detail = json!({ "type": kind, "loc": loc, "msg": message, "input": input });
+        BodyProblem { field: loc.join("."), message: message.into(), detail }
+    }
+
+    /// Something in the body; what stands there is shown where it is short.
+    fn of_body(kind: &str, field: Option<&str>, message: &str, input: Option<&str>) -> Self {
         let short = input.filter(|text| text.len() <= 1000);
         let input = short.and_then(|text| serde_json::from_str(text).ok()).unwrap_or(Value::Null);
-        BodyProblem { kind, loc, message: message.into(), input, reason: None }
+        let loc: Vec<&str> = std::iter::once("body").chain(field).collect();
+        BodyProblem::new(kind, &loc, message, input)
+    }
+
+    fn not_json(position: usize, reason: &str) -> Self {
+        let mut problem = BodyProblem::new("json_invalid", &["body"], "JSON decode error", json!({}));
+        problem.detail["loc"] = json!(["body", position]);
+        problem.detail["ctx"] = json!({ "error": reason });
+        problem
     }
 
     pub(super) fn of_query(field: &str, value: &str) -> Self {
-        let (loc, input) = (vec!["query".into(), field.into()], value.chars().take(100).collect::<String>().into());
-        let message = "Input should be a valid integer, unable to parse string as an integer".into();
-        BodyProblem { kind: "int_parsing", loc, message, input, reason: None }
+        let input = value.chars().take(100).collect::<String>().into();
+        let message = "Input should be a valid integer, unable to parse string as an integer";
+        BodyProblem::new("int_parsing", &["query", field], message, input)
     }
 
     pub(super) fn of_field(field: &str, message: &str) -> Self {
-        BodyProblem::new("value_error", Some(field), message, None)
-    }
-
-    pub(super) fn field(&self) -> String {
-        self.loc.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(".")
-    }
-
-    pub(super) fn to_json(&self) -> Value {
-        let mut detail = json!({ "type": self.kind, "loc": self.loc, "msg": self.message, "input": self.input });
-        if let Some(reason) = &self.reason {
-            detail["ctx"] = json!({ "error": reason });
-        }
-        detail
+        BodyProblem::new("value_error", &["body", field], message, Value::Null)
     }
 }
 
@@ -273,24 +272,17 @@ struct Fields<'a> {
 
 impl<'a> Fields<'a> {
     fn read(body: &'a [u8]) -> Result<Self, BodyProblem> {
-        let not_json = |position: usize, reason: String| BodyProblem {
-            kind: "json_invalid",
-            loc: vec!["body".into(), position.into()],
-            message: "JSON decode error".into(),
-            input: json!({}),
-            reason: Some(reason),
-        };
-        let body = std::str::from_utf8(body).map_err(|e| not_json(e.valid_up_to(), "not UTF-8".into()))?;
+        let body = std::str::from_utf8(body).map_err(|e| BodyProblem::not_json(e.valid_up_to(), "not UTF-8"))?;
         if body.trim().is_empty() {
-            return Err(BodyProblem::new("missing", None, "Field required", None));
+            return Err(BodyProblem::of_body("missing", None, "Field required", None));
         }
         let whole: &RawValue = serde_json::from_str(body).map_err(|e| {
             let position = body.split_inclusive('\n').take(e.line().saturating_sub(1)).map(str::len).sum::<usize>();
-            not_json(position + e.column().saturating_sub(1), e.to_string())
+            BodyProblem::not_json(position + e.column().saturating_sub(1), &e.to_string())
         })?;
         let fields = serde_json::from_str(whole.get()).map_err(|_| {
             let message = "Input should be a valid dictionary or object to extract fields from";
-            BodyProblem::new("model_attributes_type", None, message, Some(body))
+            BodyProblem::of_body("model_attributes_type", None, message, Some(body))
         })?;
         Ok(Fields { body, fields })
     }
@@ -300,7 +292,7 @@ impl<'a> Fields<'a> {
     }
 
     fn required(&self, name: &str) -> Result<&'a RawValue, BodyProblem> {
-        let missing = || BodyProblem::new("missing", Some(name), "Field required", Some(self.body));
+        let missing = || BodyProblem::of_body("missing", Some(name), "Field required", Some(self.body));
         self.fields.get(name).copied().ok_or_else(missing)
     }
 
@@ -308,7 +300,7 @@ impl<'a> Fields<'a> {
         let value = self.required(name)?;
         if !value.get().starts_with('{') {
             let message = "Input should be a valid dictionary";
-            return Err(BodyProblem::new("dict_type", Some(name), message, Some(value.get())));
+            return Err(BodyProblem::of_body("dict_type", Some(name), message, Some(value.get())));
         }
         Ok(value.to_owned().into())
     }
@@ -321,9 +313,9 @@ impl<'a> Fields<'a> {
         expected: &str,
     ) -> Result<Option<T>, BodyProblem> {
         let Some(text) = self.text(name) else { return Ok(None) };
-        serde_json::from_str(text).map(Some).map_err(|_| {
-            BodyProblem::new(kind, Some(name), &format!("Input should be {expected}"), Some(text))
-        })
+        serde_json::from_str(text)
+            .map(Some)
+            .map_err(|_| BodyProblem::of_body(kind, Some(name), &format!("Input should be {expected}"), Some(text)))
     }
 }
 
@@ -331,12 +323,11 @@ impl RunRequest {
     pub(super) fn read(body: &[u8]) -> Result<Self, BodyProblem> {
         let fields = Fields::read(body)?;
         let milliseconds = "an object whose executionTimeout and ttl are numbers of milliseconds";
-        let s3_config: Option<Box<RawValue>> = fields.optional("s3Config", "dict_type", "a valid dictionary")?;
         Ok(RunRequest {
             input: fields.object("input")?,
             webhook: fields.optional("webhook", "string_type", "a valid string")?,
             policy: fields.optional("policy", "dict_type", milliseconds)?.unwrap_or_default(),
-            s3_config: s3_config.map(Json::from),
+            s3_config: fields.text("s3Config").map(|_| fields.object("s3Config")).transpose()?,
         })
     }
 }
@@ -345,8 +336,9 @@ impl RealtimeRequest {
     pub(super) fn read(body: &[u8]) -> Result<Self, BodyProblem> {
         let fields = Fields::read(body)?;
         let text = fields.required("id")?.get();
-        let id = serde_json::from_str(text)
-            .map_err(|_| BodyProblem::new("string_type", Some("id"), "Input should be a valid string", Some(text)))?;
+        let id = serde_json::from_str(text).map_err(|_| {
+            BodyProblem::of_body("string_type", Some("id"), "Input should be a valid string", Some(text))
+        })?;
         Ok(RealtimeRequest { id, input: fields.object("input")? })
     }
 }

@@ -60,7 +60,16 @@ pub(super) fn check(message: *mut c_char) -> Result<()> {
         shim_free_message(message);
         text
     };
-    Err(anyhow!(text))
+    Err(anyhow!(essence(&text).to_owned()))
+}
+
+/// What went wrong, without the C++ stack below it and the TorchScript trace above it.
+fn essence(text: &str) -> &str {
+    let text = text.split("\nException raised from").next().unwrap_or(text).trim();
+    match text.contains("Traceback of TorchScript") {
+        true => text.lines().rev().map(str::trim).find(|line| !line.is_empty()).unwrap_or(text),
+        false => text,
+    }
 }
 
 /// The error that the last torch-sys call on this thread left behind, if any.

@@ -2,7 +2,7 @@
 //! Nothing is retried here.
 
 use std::sync::Mutex;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER};
@@ -10,6 +10,7 @@ use reqwest::{Request, StatusCode};
 use serde_json::Value;
 
 use super::job::{self, Delivered};
+use super::pool::Pool;
 use super::settings::Settings;
 use super::urls::{Urls, encode_segment, with_parameter};
 
@@ -240,7 +241,7 @@ impl Client {
             200..300 => Posted::Accepted,
             404 | 409 | 410 => Posted::Gone(answer.status),
             // A key may be about to be exchanged: nothing that was computed is thrown away for that.
-            401 | 403 | 408 | 425 | 429 | 300..400 | 500.. => Posted::Refused(answer.refusal()),
+            401 | 403 | 408 | 425 | 429 | 300..=399 | 500.. => Posted::Refused(answer.refusal()),
             _ => Posted::Rejected(answer.status),
         }
     }
@@ -306,51 +307,4 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
 fn reason_without_url(error: reqwest::Error) -> String {
     let error = anyhow::Error::new(error.without_url());
     error.chain().map(ToString::to_string).collect::<Vec<_>>().join(": ")
-}
-
-/// Connections that are kept, and when they were last used.
-struct Pool {
-    http: reqwest::Client,
-    user_agent: String,
-    used: (Instant, SystemTime),
-}
-
-/// Between the clock on the wall and the one that stands still while a machine is paused.
-const CLOCK_JUMP: Duration = Duration::from_secs(10);
-
-impl Pool {
-    fn new(user_agent: &str) -> Result<Pool> {
-        let http = connect(user_agent).context("the HTTP client cannot be made")?;
-        Ok(Pool { http, user_agent: user_agent.into(), used: (Instant::now(), SystemTime::now()) })
-    }
-
-    fn client(&mut self) -> reqwest::Client {
-        let (monotonic, wall) = self.used;
-        self.used = (Instant::now(), SystemTime::now());
-        let passed = self.used.1.duration_since(wall).unwrap_or_default();
-        if passed > monotonic.elapsed() + CLOCK_JUMP {
-            self.renew();
-        }
-        self.http.clone()
-    }
-
-    fn renew(&mut self) {
-        match connect(&self.user_agent) {
-            Ok(http) => self.http = http,
-            Err(error) => tracing::warn!("the connections cannot be renewed: {error}"),
-        }
-    }
-}
-
-fn connect(user_agent: &str) -> reqwest::Result<reqwest::Client> {
-    reqwest::Client::builder()
-        .user_agent(user_agent)
-        .no_proxy()
-        // The key goes to the host that was named, and to no other.
-        .redirect(reqwest::redirect::Policy::none())
-        .connect_timeout(Duration::from_secs(10))
-        // Short, since a paused worker finds its idle connections dead; probes find out about a held one.
-        .pool_idle_timeout(Duration::from_secs(15))
-        .tcp_keepalive(Duration::from_secs(10))
-        .build()
 }

@@ -12,7 +12,10 @@ use crate::error::Error;
 pub enum Delivered {
     Job(TakenJob),
     /// Names a job that cannot be run: it is failed with this.
-    Invalid { id: String, error: Error },
+    Invalid {
+        id: String,
+        error: Error,
+    },
     /// Names no job: nobody could be told. Why, for the log.
     Nameless(&'static str),
 }

@@ -78,6 +78,8 @@ pub struct Settings {
     pub last_try: Duration,
     /// How long running jobs may go on after a signal; `None` for as long as they last.
     pub drain_budget: Option<Duration>,
+    /// What is left to the host, after a result that asks for a new worker, before the process ends by itself.
+    pub stop_pod_wait: Duration,
 
     /// Bytes of a result's body, by the kind of id.
     pub max_result_bytes: usize,
@@ -155,13 +157,15 @@ impl Settings {
             take_close_grace: seconds(&mut variables, "TAKE_CLOSE_GRACE", 2.0).min(Duration::from_secs(60)),
             held_poll: Duration::from_secs(1),
             backoff: Duration::from_millis(250),
-            backoff_cap: Duration::from_secs(15),
+            backoff_cap: Duration::from_secs(30),
             busy_wait: Duration::from_secs(5),
 
             post_timeout: seconds(&mut variables, "RESULT_POST_TIMEOUT", 90.0),
             result_retry_budget: seconds(&mut variables, "RESULT_RETRY_BUDGET", 600.0),
             last_try: Duration::from_secs(2),
             drain_budget: text("DRAIN_BUDGET").map(|_| seconds(&mut variables, "DRAIN_BUDGET", 0.0)),
+
+            stop_pod_wait: Duration::from_secs(1),
 
             max_result_bytes: variables.number("MAX_RESULT_BYTES", 9_900_000),
             max_sync_result_bytes: variables.number("MAX_SYNC_RESULT_BYTES", 19_900_000),

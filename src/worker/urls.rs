@@ -86,7 +86,13 @@ fn replace(template: &str, name: &str, value: &str) -> String {
 }
 
 pub fn with_parameter(url: &str, parameter: &str) -> String {
-    let glue = if !url.contains('?') { "?" } else if url.ends_with(['?', '&']) { "" } else { "&" };
+    let glue = if !url.contains('?') {
+        "?"
+    } else if url.ends_with(['?', '&']) {
+        ""
+    } else {
+        "&"
+    };
     format!("{url}{glue}{parameter}")
 }
 
@@ -134,7 +140,10 @@ mod tests {
             harness.done("0", false).unwrap(),
             "http://0.0.0.0:80/v2/IDE/job-done/pod1/0?gpu=NVIDIA+L4&isStream=false"
         );
-        assert_eq!(urls("http://h/${RUNPOD_POD_ID}/job-take/${ID}", "").take(true), "http://h/pod1/job-take/pod1?job_in_progress=1");
+        assert_eq!(
+            urls("http://h/${RUNPOD_POD_ID}/job-take/${ID}", "").take(true),
+            "http://h/pod1/job-take/pod1?job_in_progress=1"
+        );
     }
 
     #[test]

@@ -59,6 +59,8 @@ COVER = [combined(values) for values in pairwise()]
 PRODUCT = [combined(values) for values in product()]
 
 V_ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+# What happens at the last step shows only where the smallest noise level is not small.
+FEW_LARGE_BETAS = {"num_train_timesteps": 50, "beta_start": 0.05, "beta_end": 0.08}
 SINGLE = [
     Case("clip_skip", {"clip_skip": 1}, [{"clip_skip": None}]),
     Case("guidance_rescale", {"guidance_rescale": 0.7}, [{"guidance_rescale": None}]),
@@ -79,7 +81,11 @@ SINGLE = [
             "negative_crops_coords_top_left": [20, 40],
             "negative_target_size": [300, 100],
         },
-        [{"negative_original_size": [128, 128]}, {"negative_crops_coords_top_left": None}],
+        [
+            {"negative_original_size": [128, 128]},
+            {"negative_crops_coords_top_left": None},
+            {"negative_target_size": [128, 128]},
+        ],
     ),
     Case("eta", {"scheduler": "ddim", "eta": 0.5, "num_images": 2}, [{"eta": None}]),
     Case("karras", {"scheduler": "euler", "sigma_schedule": "karras"}, [{"sigma_schedule": None}]),
@@ -90,7 +96,18 @@ SINGLE = [
         for spacing in ("linspace", "trailing")
         for name in ("euler", "ddim")
     ),
-    Case("final sigma", {"scheduler": "euler"}, [OTHER_PROMPT], scheduler_config={"final_sigmas_type": "sigma_min"}),
+    Case(
+        "final sigma",
+        {"scheduler": "euler"},
+        [OTHER_PROMPT],
+        scheduler_config=FEW_LARGE_BETAS | {"final_sigmas_type": "sigma_min"},
+    ),
+    Case(
+        "first alpha",
+        {"scheduler": "ddim"},
+        [OTHER_PROMPT],
+        scheduler_config=FEW_LARGE_BETAS | {"set_alpha_to_one": True, "beta_schedule": "linear"},
+    ),
     Case("the model's own scheduler", {}, [{"scheduler": "euler"}], model="second"),
     Case("tiled decode", {"width": 232, "height": 136}, [OTHER_PROMPT], options=("--vae-tiling", "on")),
 ]

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Gathers in bench/carry what a GPU machine lacks: the stripped programs, the graphs, the small model, diffusers.
+#
+#   bench/pack.sh                 after `make build` and `make graphs`; about 8 minutes the first time
+#   bench/pack.sh --tiny FOLDER   only what a dry run needs
+#
+# The whole checkout with bench/carry in it stays below 64 MiB.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+carry=bench/carry
+export=(--arch sdxl)
+if [ "${1:-}" = --tiny ]; then
+    carry=$2
+    export=()
+fi
+readonly LIMIT_MIB=56 # leaves 8 for the rest of the checkout
+readonly PYTHON=.venv/bin/python
+
+mkdir -p "$carry/bin" "$carry/models"
+for program in sdxl-worker sdxl-worker-engine; do
+    strip -o "$carry/bin/$program" "target/release/$program"
+done
+rm -rf "$carry/models/tiny"
+cp -r models/tiny "$carry/models/tiny"
+$PYTHON torchscript/export.py "${export[@]}" --model models/tiny \
+    --dtype float32 --dtype float16 --dtype bfloat16 --out "$carry/graphs"
+
+if [ ${#export[@]} -gt 0 ]; then
+    rm -rf "$carry/wheels"
+    $PYTHON -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 \
+        --dest "$carry/wheels" "$(sed -n 's/^\(diffusers==[0-9.]*\).*/\1/p' torchscript/requirements.txt)"
+fi
+
+du -sh "$carry"/*
+size=$(du -sm "$carry" | cut -f1)
+if [ "$size" -gt "$LIMIT_MIB" ]; then
+    echo "error: $carry has $size MiB, more than $LIMIT_MIB" >&2
+    exit 1
+fi
