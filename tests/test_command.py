@@ -122,7 +122,7 @@ def test_aliases_are_read_and_named_in_warnings(tmp_path: Path, one: Made):
     request |= {"steps": 2, "cfg_scale": 5, "size": "64x64", "n": 1, "sampler_name": "K_EULER"}
     result = run("generate", "--input", "-", cwd=tmp_path, stdin=json.dumps(request))
     assert pictures(result, tmp_path)[0].read_bytes() == one.bytes
-    warnings = [line for line in result.stderr.splitlines() if " WARN " in line]
+    warnings = [line for line in result.stderr.splitlines() if line.startswith("WARN")]
     for alias, name in [
         ("steps", "num_inference_steps"), ("cfg_scale", "guidance_scale"), ("size", "width"), ("n", "num_images"),
         ("sampler_name", "scheduler"),

@@ -35,17 +35,14 @@ async fn a_stopped_job_leaves_within_a_step_posts_nothing_and_frees_its_slot() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_waiting_job_can_be_stopped_before_it_runs() {
     let host = FakeRunpod::start().await;
-    host.answer(Call::Take, Answer::Json(json!([job("first", json!({ "ms": 300 })), job("waiting", json!({}))])));
+    host.answer(Call::Take, Answer::Json(json!([job("a", json!({ "ms": 300 })), job("b", json!({ "ms": 300 }))])));
     let worker = start(settings(&host));
     host.until("start", || (!worker.runner.events(Event::Started).is_empty()).then_some(())).await;
-    let first = worker.runner.events(Event::Started)[0].clone();
-    let other = if first == "first" { "waiting" } else { "first" };
-    if first == "first" {
-        host.answer(Call::Stop, stop(json!([other])));
-        host.wait_for_results(1).await;
-        sleep(ms(100)).await;
-        assert_eq!((worker.runner.events(Event::Started).len(), host.finals().len()), (1, 1));
-    }
+    let waiting = if worker.runner.events(Event::Started) == ["a"] { "b" } else { "a" };
+    host.answer(Call::Stop, stop(json!([waiting])));
+    assert_ne!(host.wait_for_results(1).await[0].job_id(), waiting);
+    sleep(ms(100)).await;
+    assert_eq!((worker.runner.events(Event::Started).len(), host.finals().len()), (1, 1));
 }
 
 #[tokio::test(flavor = "multi_thread")]
