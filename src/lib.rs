@@ -4,13 +4,15 @@
 //! them by name. The rest is here. From the outside in; a module uses what stands below it, never above:
 //!
 //! - [`commands`]: what the command line can do; [`cli`] declares it, [`config`] translates it
+//! - [`worker`], [`server`]: jobs from RunPod, jobs over HTTP; [`job`] is the seam to whoever runs them
 //! - [`handler`]: one job, from JSON to encoded pictures
 //! - [`engine`]: the thread that owns the model
 //! - [`pipeline`]: the recipe: encode the prompt, denoise, decode
+//! - [`net`]: addresses and buckets that clients name: guarded downloads, uploads
 //! - [`models`], [`schedulers`], [`media`]: graphs, noise schedules, picture files
 //! - [`weights`]: checkpoints into graphs
 //! - [`torch`]: what tch has no binding for; the only `unsafe`
-//! - [`api`], [`error`], [`context`], [`job`], [`device`], [`memory`], [`telemetry`]: the words everything else is said in
+//! - [`api`], [`error`], [`context`], [`device`], [`memory`], [`telemetry`]: the words everything else is said in
 
 pub mod api;
 pub mod cli;
@@ -25,8 +27,11 @@ pub mod job;
 pub mod media;
 pub mod memory;
 pub mod models;
+pub mod net;
 pub mod pipeline;
 pub mod schedulers;
+pub mod server;
 pub mod telemetry;
 pub mod torch;
 pub mod weights;
+pub mod worker;

@@ -67,8 +67,8 @@ class BufferedTimesteps(nn.Module):
 
     def forward(self, timesteps: Tensor) -> Tensor:
         angles = self.scale * (timesteps[:, None].float() * self.frequencies[None, :])
-        parts = [torch.cos(angles), torch.sin(angles)] if self.flip_sin_to_cos else [torch.sin(angles), torch.cos(angles)]
-        return torch.cat(parts, dim=-1)
+        parts = [torch.sin(angles), torch.cos(angles)]
+        return torch.cat(parts[::-1] if self.flip_sin_to_cos else parts, dim=-1)
 
 
 class Graph(nn.Module):

@@ -13,7 +13,7 @@ from configs import Config, ExportError
 from graphs import Graph, Size, Tensors
 
 # Odd, so that every upsampling takes its size from the skip it meets and then fits odd and even sizes alike; a batch of
-# two, so that no dimension of one is taken for a broadcast.
+# two, so that no dimension of one is taken for a broadcast. Small, as the result of this run is thrown away.
 TRACED = Size(2, 9, 11)
 
 # c10::ScalarType, as graphs spell a dtype.
@@ -100,8 +100,8 @@ def example(kind: type[Graph], config: Config, dtype: str, size: Size = TRACED) 
 
 
 def inline_numbers(graph: torch._C.Graph) -> None:
-    """Turns the one-number tensors that a trace makes of Python numbers (`1.702 * x`) back into numbers. As tensors they
-    sit on the traced device in float64, which MPS does not even have."""
+    """Turns the one-number tensors that a trace makes of Python numbers (`1.702 * x`) back into numbers. As tensors
+    they sit on the traced device in float64, which MPS does not even have."""
     for node in list(all_nodes(graph)):
         if is_tensor_constant(node) and node.t("value").dim() == 0:
             number = graph.create("prim::Constant")

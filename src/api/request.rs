@@ -10,7 +10,7 @@ use super::wording::{describe, invalid_type, shorten};
 use crate::error::{Error, Result};
 
 /// A request under canonical names; a field that was absent or `null` is `None`.
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, schemars::JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct GenerateRequest {
     pub prompt: Option<String>,
@@ -66,7 +66,7 @@ pub struct GenerateRequest {
 }
 
 /// One control: a map and how it acts.
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, schemars::JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ControlNetRequest {
     pub image: Option<String>,
@@ -80,7 +80,7 @@ pub struct ControlNetRequest {
 }
 
 /// A control mode: the union net's number, or a name for it.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, schemars::JsonSchema)]
 #[serde(untagged)]
 pub enum NumberOrName {
     Number(i64),
@@ -88,14 +88,14 @@ pub enum NumberOrName {
 }
 
 /// How a photo becomes a control map.
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, schemars::JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct PreprocessRequest {
     pub name: Option<String>,
     pub params: Option<Map<String, Value>>,
 }
 
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, schemars::JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct LoraRequest {
     pub path: Option<String>,
@@ -104,7 +104,7 @@ pub struct LoraRequest {
     pub scale: Option<f64>,
 }
 
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, schemars::JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct TextualInversionRequest {
     pub path: Option<String>,
@@ -114,7 +114,7 @@ pub struct TextualInversionRequest {
 }
 
 /// A second pass at a larger size.
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, schemars::JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct HiresRequest {
     pub scale: Option<f64>,
@@ -123,7 +123,7 @@ pub struct HiresRequest {
     pub steps: Option<i64>,
 }
 
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, schemars::JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RefinerRequest {
     pub model: Option<String>,

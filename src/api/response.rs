@@ -7,7 +7,7 @@ use serde::{Serialize, Serializer};
 use super::params::OutputFormat;
 
 /// What a finished job answers.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, schemars::JsonSchema)]
 pub struct GenerateResponse {
     /// Data URIs, bare base64 or links, as `response_format` asked.
     pub images: Vec<String>,
@@ -19,6 +19,7 @@ pub struct GenerateResponse {
     pub seeds: Vec<u64>,
     /// One for each image.
     pub image_details: Vec<ImageDetails>,
+    #[schemars(with = "std::collections::BTreeMap<String, f64>")]
     pub timings: Timings,
     /// Aliases that were read, and other things a caller may want to change.
     pub warnings: Vec<String>,
@@ -27,11 +28,12 @@ pub struct GenerateResponse {
 }
 
 /// One image file. `bytes` is the file's size before base64.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 pub struct ImageDetails {
     pub width: u32,
     pub height: u32,
     #[serde(serialize_with = "format_name")]
+    #[schemars(with = "String")]
     pub format: OutputFormat,
     pub bytes: usize,
 }

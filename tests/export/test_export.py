@@ -132,7 +132,7 @@ def test_models_that_differ_only_in_data_share_their_graphs():
     assert UNET["upcast_attention"] is False and UNET["conv_in_kernel"] == 3
 
 
-# --- Exports that must fail -------------------------------------------------------------------------------------------
+# --- Exports that must fail ---
 
 
 class MakesAnIndex(VaeDecoder):
@@ -233,7 +233,7 @@ def test_a_folder_that_is_no_model_is_an_error_in_words(content, words, tmp_path
     assert words in capsys.readouterr().err
 
 
-# --- The default model ------------------------------------------------------------------------------------------------
+# --- The default model ---
 
 
 def test_the_tiny_model_is_the_same_bytes_every_time(test_models, tmp_path):
@@ -257,7 +257,7 @@ def test_the_small_vocabulary_tokenizes_as_clip_does(test_models):
     assert second("x", **padded).input_ids[-1] == 0 == second.convert_tokens_to_ids("!")
 
 
-# --- Full size ----------------------------------------------------------------------------------------------------------
+# --- Full size ---
 
 
 @pytest.mark.full

@@ -95,7 +95,8 @@ class Reference:
         scheduler = request.pop("scheduler", None)
         if request.pop("sigma_schedule", None) == "karras":
             own["use_karras_sigmas"] = True
-        cls = SCHEDULERS[scheduler] if scheduler else SCHEDULERS[own["_class_name"][:-9].lower().replace("discrete", "")]
+        classes = {cls.__name__: cls for cls in SCHEDULERS.values()}
+        cls = SCHEDULERS[scheduler] if scheduler else classes[own["_class_name"]]
         pipeline.scheduler = cls.from_config(own)
         seed, count = request.pop("seed"), request.pop("num_images", 1)
         for key in ("original_size", "target_size", "crops_coords_top_left"):

@@ -89,8 +89,10 @@ SINGLE = [
     ),
     Case("eta", {"scheduler": "ddim", "eta": 0.5, "num_images": 2}, [{"eta": None}]),
     Case("karras", {"scheduler": "euler", "sigma_schedule": "karras"}, [{"sigma_schedule": None}]),
-    Case("v-prediction with zero terminal SNR, ddim", {"scheduler": "ddim"}, [OTHER_PROMPT], scheduler_config=V_ZERO_SNR),
-    Case("v-prediction with zero terminal SNR, euler", {"scheduler": "euler"}, [OTHER_PROMPT], scheduler_config=V_ZERO_SNR),
+    *(
+        Case(f"zero terminal SNR, {name}", {"scheduler": name}, [OTHER_PROMPT], scheduler_config=V_ZERO_SNR)
+        for name in ("euler", "ddim")
+    ),
     *(
         Case(f"{spacing}, {name}", {"scheduler": name}, [OTHER_PROMPT], scheduler_config={"timestep_spacing": spacing})
         for spacing in ("linspace", "trailing")
