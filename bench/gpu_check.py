@@ -43,6 +43,11 @@ class Setup:
     device: str
     dry: bool
 
+    def options(self, dtype: str) -> list[str]:
+        """What both programs are told. A dry run shares its machine: there, threads that wait for each other cost more
+        than they save."""
+        return ["--device", self.device, "--dtype", dtype, "--threads", "1" if self.dry else str(threads())]
+
     @property
     def worker(self) -> Path:
         return self.carry / "bin" / "sdxl-worker"
@@ -115,7 +120,8 @@ def correctness(setup: Setup, verdicts: Verdicts) -> None:
     cases = []
     folder = setup.scratch / "latents"
     shutil.rmtree(folder, ignore_errors=True)
-    tiny = PROMPT | {"width": 136, "height": 128, "num_inference_steps": 4 if setup.dry else 20, "num_images": 4}
+    tiny = PROMPT | {"width": 136, "height": 128, "num_inference_steps": 4 if setup.dry else 20}
+    tiny["num_images"] = 2 if setup.dry else 4
     for dtype in ("float32", "float16", "bfloat16"):
         cases.append(Case(f"tiny {dtype}", setup.tiny, dtype, tiny, folder / f"tiny-{dtype}"))
     side = 128 if setup.dry else 1024
@@ -130,8 +136,7 @@ def correctness(setup: Setup, verdicts: Verdicts) -> None:
     with stage("diffusers' latents"):
         jobs = setup.scratch / "jobs.json"
         jobs.write_text(json.dumps([case.job() for case in cases]))
-        command = [sys.executable, HERE / "reference.py", "latents", jobs, "--device", setup.device]
-        run([*command, "--threads", str(threads())], environment=exact)
+        run([sys.executable, HERE / "reference.py", "latents", jobs, *setup.options("float32")], environment=exact)
     with stage("ours against them"):
         for case in cases:
             try:
@@ -145,9 +150,8 @@ def correctness(setup: Setup, verdicts: Verdicts) -> None:
 def make_ours(setup: Setup, case: Case, environment: dict[str, str]) -> None:
     request = case.folder / "request.json"
     request.write_text(json.dumps(case.request))
-    options = ["--device", setup.device, "--dtype", case.dtype, "--threads", str(threads())]
     files = ["--model", case.model, "--graphs", setup.graphs, "--input", request, "--output", case.folder / "ours"]
-    command = [setup.worker, "generate", "--quiet", *options, *files]
+    command = [setup.worker, "generate", "--quiet", *setup.options(case.dtype), *files]
     run([*command, "--save-latents", case.folder / "ours.safetensors"], environment=environment)
 
 
@@ -197,7 +201,7 @@ def speed(setup: Setup) -> None:
     clocks = [gpu.clock()] if gpu else []
     conditions = machine()
     request = PROMPT | {"width": side, "height": side, "num_inference_steps": steps}
-    both = bench.sides(setup.worker, model, setup.graphs, request, setup.scratch, dtype, setup.device)
+    both = bench.sides(setup.worker, model, setup.graphs, request, setup.scratch, setup.options(dtype))
     with stage("speed"):
         for file in model.rglob("*.safetensors"):
             read_once(file)

@@ -128,11 +128,11 @@ def read(path: Path) -> Any:
 def main() -> None:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--device", default="cpu")
+    common.add_argument("--dtype", default="float32")
     common.add_argument("--threads", type=int)
     one_model = argparse.ArgumentParser(add_help=False)
     one_model.add_argument("--model", required=True)
     one_model.add_argument("--input", type=Path, required=True)
-    one_model.add_argument("--dtype", default="float32")
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)

@@ -19,7 +19,8 @@ pub const DEFAULT_GRAPHS: &str = "graphs";
 
 const ABOUT: &str = "\
 Stable Diffusion XL on libtorch: makes pictures from prompts.
-Without a command it runs ./test_input.json once and prints the reply as JSON on standard output.";
+Without a command it is a RunPod worker where RUNPOD_WEBHOOK_GET_JOB is set; elsewhere it runs ./test_input.json once
+and prints the reply as JSON on standard output.";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -31,6 +32,8 @@ Examples:
       the same picture again, from the parameters stored in it, and three more
   sdxl-worker doctor
       what works on this machine and what to do about the rest
+  sdxl-worker serve --port 8000
+      RunPod's endpoint API on this machine: POST /run, GET /status/<id>, ...
   sdxl-worker
       runs ./test_input.json once and prints the reply as JSON
 
@@ -70,6 +73,8 @@ pub struct Cli {
 pub enum Command {
     /// Make pictures and write them into a folder
     Generate(Box<GenerateArgs>),
+    /// Serve RunPod's endpoint API on this machine
+    Serve(ServeArgs),
     /// Check device, libtorch, graphs and weights: what works and what to do about the rest
     Doctor,
     /// Read a JSON list of strings on standard input and print the token ids of both tokenizers
@@ -183,6 +188,43 @@ pub struct GenerateArgs {
     /// No progress bar
     #[arg(long, short, help_heading = "Result")]
     pub quiet: bool,
+}
+
+/// Where `serve` listens, and whom it serves.
+#[derive(Debug, Clone, Args)]
+pub struct ServeArgs {
+    /// Address to listen on; 0.0.0.0 is every interface
+    #[arg(long, default_value = "127.0.0.1")]
+    pub host: String,
+    /// Port to listen on; 0 chooses a free one
+    #[arg(long, env = "PORT", default_value_t = 8000)]
+    pub port: u16,
+    /// Key that clients must send, bare or after `Bearer` [default: none]
+    #[arg(long, env = "SERVE_API_KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
+    /// Web page that may call, such as http://localhost:3000 (repeatable; `*` is every page)
+    #[arg(long, value_name = "ORIGIN")]
+    pub cors_origin: Vec<String>,
+    /// Jobs that run at the same time
+    #[arg(long, value_name = "N", env = "CONCURRENCY", default_value_t = 1)]
+    pub concurrency: usize,
+    /// Jobs that may wait; later ones are told to try again
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub max_queue: usize,
+}
+
+impl SdkArgs {
+    /// What `serve` would have been given.
+    pub fn serve(&self) -> ServeArgs {
+        ServeArgs {
+            host: self.rp_api_host.clone().unwrap_or_else(|| "127.0.0.1".into()),
+            port: self.rp_api_port.unwrap_or(8000),
+            api_key: std::env::var("SERVE_API_KEY").ok().filter(|key| !key.is_empty()),
+            cors_origin: Vec::new(),
+            concurrency: self.rp_api_concurrency.unwrap_or(1) as usize,
+            max_queue: 100,
+        }
+    }
 }
 
 /// What the benchmark repeats.

@@ -4,11 +4,13 @@ use std::path::PathBuf;
 
 use tch::{Device, Kind};
 
-use crate::cli::{self, DeviceName, DtypeName, EngineArgs};
+use crate::cli::{self, DeviceName, DtypeName, EngineArgs, ServeArgs};
 use crate::device;
 use crate::error::{Error, Result};
+use crate::net::{Bucket, Guard, GuardSettings, Secret, Uploader};
 use crate::pipeline::{Settings, VaeTiling};
 use crate::torch::AttentionBackend;
+use crate::{server, worker};
 
 /// Sets libtorch's process-wide switches, and translates the options.
 pub fn settings(arguments: &EngineArgs) -> Result<Settings> {
@@ -64,4 +66,55 @@ fn kind(name: DtypeName) -> Kind {
         DtypeName::Float16 => Kind::Half,
         DtypeName::Bfloat16 => Kind::BFloat16,
     }
+}
+
+/// An environment variable; an empty one counts as unset.
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+/// What the environment says of RunPod; `None` outside its platform.
+pub fn worker_settings() -> Option<worker::Settings> {
+    worker::Settings::from_variables(variable)
+}
+
+/// Guards the addresses that clients name.
+pub fn guard() -> Guard {
+    Guard::new(GuardSettings::from_variables(variable))
+}
+
+/// Puts pictures into the job's bucket or this worker's.
+pub fn uploader() -> Result<Uploader> {
+    Ok(Uploader::new(guard(), Bucket::from_variables(variable)?))
+}
+
+pub fn serve_settings(options: &ServeArgs) -> Result<server::Settings> {
+    let defaults = server::Settings::default();
+    Ok(server::Settings {
+        worker_id: variable("RUNPOD_POD_ID").unwrap_or(defaults.worker_id),
+        api_key: options.api_key.clone().map(Secret::new),
+        allow_origins: options.cors_origin.clone(),
+        concurrency: options.concurrency,
+        max_queue: options.max_queue,
+        ..defaults
+    })
+}
+
+/// Host and port of the local API. Realtime mode is the same API on all interfaces.
+pub fn serve_address(options: &ServeArgs) -> (String, u16) {
+    if let Some(port) = realtime_port() {
+        return ("0.0.0.0".into(), port);
+    }
+    let host = if options.host == "localhost" { "127.0.0.1" } else { &options.host };
+    (host.to_owned(), options.port)
+}
+
+/// `RUNPOD_REALTIME_PORT`, where it asks for realtime mode.
+pub fn realtime_port() -> Option<u16> {
+    variable("RUNPOD_REALTIME_PORT")?.parse().ok().filter(|port| *port != 0)
+}
+
+/// Where a load balancer asks for health, if not on the API's own port.
+pub fn health_port(api: u16) -> Option<u16> {
+    variable("PORT_HEALTH")?.parse().ok().filter(|port| *port != api)
 }

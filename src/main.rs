@@ -57,10 +57,6 @@ fn print_usage(answer: &clap::Error) -> ExitCode {
 
 /// Becomes the engine; returns only where that cannot be.
 fn launch(cli: &Cli, arguments: &[OsString]) -> Result<ExitCode> {
-    if cli.sdk.rp_serve_api {
-        let message = "this version has no local HTTP API";
-        return Err(Error::invalid("unsupported_feature", "--rp_serve_api", message));
-    }
     let program = env::current_exe()
         .and_then(|path| path.canonicalize())
         .map_err(|error| Error::setup("engine_not_found", "the program's own folder cannot be found").source(error))?;

@@ -292,9 +292,3 @@ def test_a_wrong_variable_is_a_usage_error(machine: Machine):
     result = machine.run("doctor", DEVICE="toaster")
     assert result.returncode == 2
     assert "toaster" in error_of(result)["message"]
-
-
-def test_the_local_api_is_refused_by_name_until_there_is_one(machine: Machine):
-    result = machine.run("--rp_serve_api", "--rp_api_port", "8000")
-    assert result.returncode == 2
-    assert error_of(result)["code"] == "unsupported_feature"

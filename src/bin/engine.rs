@@ -3,9 +3,9 @@
 use std::process::ExitCode;
 
 use sdxl_worker::cli::{Cli, Command};
-use sdxl_worker::commands;
 use sdxl_worker::error::Result;
 use sdxl_worker::telemetry::{self, LogFormat};
+use sdxl_worker::{commands, config};
 
 fn main() -> ExitCode {
     let cli = match Cli::parse_arguments(std::env::args_os()) {
@@ -37,6 +37,13 @@ fn run(cli: &Cli) -> Result<()> {
         Some(Command::Doctor) => commands::doctor(&cli.engine),
         Some(Command::Bench(options)) => commands::bench(&cli.engine, options),
         Some(Command::Tokenize) => commands::tokenize(&cli.engine),
-        None => commands::run_once(&cli.engine, cli.sdk.test_input.as_deref()),
+        Some(Command::Serve(options)) => commands::serve(&cli.engine, options),
+        None if cli.sdk.rp_serve_api || config::realtime_port().is_some() => {
+            commands::serve(&cli.engine, &cli.sdk.serve())
+        }
+        None => match (&cli.sdk.test_input, config::worker_settings()) {
+            (None, Some(settings)) => commands::runpod(&cli.engine, settings),
+            (test_input, _) => commands::run_once(&cli.engine, test_input.as_deref()),
+        },
     }
 }

@@ -5,19 +5,31 @@ mod doctor;
 mod generate;
 mod progress;
 mod run_once;
+mod runpod;
+mod serve;
 mod tokenize;
 
 pub use bench::bench;
 pub use doctor::doctor;
 pub use generate::generate;
 pub use run_once::run_once;
+pub use runpod::runpod;
+pub use serve::serve;
 pub use tokenize::tokenize;
+
+use std::future::Future;
+use std::sync::Arc;
+
+use serde_json::json;
+use tokio::task::spawn_blocking;
 
 use crate::cli::EngineArgs;
 use crate::config;
+use crate::context::JobContext;
 use crate::engine::Engine;
 use crate::error::Result;
 use crate::handler::Handler;
+use crate::job::Runner;
 use crate::pipeline::StableDiffusionXlPipeline;
 
 /// Loads the model that the options name, and answers for it.
@@ -29,4 +41,24 @@ fn start_handler(arguments: &EngineArgs) -> Result<Handler> {
     let engine = Engine::start(move || StableDiffusionXlPipeline::load(settings))?;
     tracing::info!(model, device, seconds = format!("{:.2}", started.elapsed().as_secs_f64()), "model loaded");
     Ok(Handler::new(engine, arguments.max_pixels, arguments.max_num_images))
+}
+
+/// Loads the model and runs one warm-up step, off the threads that talk to the network.
+async fn load_runner(arguments: EngineArgs) -> Result<Arc<dyn Runner>> {
+    let load = move || -> Result<Arc<dyn Runner>> {
+        let handler = start_handler(&arguments)?;
+        let warm_up = json!({ "prompt": "warm-up", "num_inference_steps": 1, "seed": 0 });
+        let _picture = handler.generate(&warm_up, JobContext::default())?;
+        Ok(Arc::new(Arc::new(handler)))
+    };
+    spawn_blocking(load).await.map_err(anyhow::Error::from)?
+}
+
+/// Runs `work` on a runtime of its own; threads that still block at the end are left behind.
+fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime = runtime.map_err(anyhow::Error::from)?;
+    let result = runtime.block_on(work);
+    runtime.shutdown_background();
+    result
 }
