@@ -8,7 +8,7 @@ MANIFEST := graphs/manifest.json
 LOCK := $(VENV)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test graphs build run test test-full lint fmt bench lock clean
+.PHONY: help setup setup-test graphs build run test test-full soak lint fmt bench lock clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -27,10 +27,14 @@ run: $(MANIFEST) build ## Make a picture from test_input.json
 test: setup-test lint build $(MANIFEST) ## What CI runs: format, lints, tests
 	cargo test --release --locked
 	$(VENV)/python -m pytest tests
+	bench/gpu.sh --dry
 
 test-full: setup-test build $(MANIFEST) ## All combinations and full-size models: long, and much memory
 	cargo test --release --locked
 	$(VENV)/python -m pytest tests --full
+
+soak: build ## 500 jobs while the host misbehaves and the worker is restarted
+	SOAK_JOBS=500 cargo test --release --locked --test worker soak:: -- --nocapture
 
 lint: setup ## Format, clippy, and the rules of .ci/check.sh
 	cargo fmt --check
@@ -41,7 +45,7 @@ fmt: ## Format the Rust sources
 	cargo fmt
 
 bench: setup-test build $(MANIFEST) ## Speed and memory beside diffusers, on this machine
-	$(VENV)/python bench/cpu.py
+	$(VENV)/python bench/bench.py
 
 lock: setup ## Pin the Python packages anew, after a change of torchscript/*.in
 	$(LOCK) torchscript/requirements.in -o torchscript/requirements.txt
