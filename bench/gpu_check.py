@@ -115,8 +115,6 @@ def check_device(setup: Setup, verdicts: Verdicts) -> None:
 
 
 def correctness(setup: Setup, verdicts: Verdicts) -> None:
-    with stage("device"):
-        check_device(setup, verdicts)
     cases = []
     folder = setup.scratch / "latents"
     shutil.rmtree(folder, ignore_errors=True)
@@ -136,7 +134,8 @@ def correctness(setup: Setup, verdicts: Verdicts) -> None:
     with stage("diffusers' latents"):
         jobs = setup.scratch / "jobs.json"
         jobs.write_text(json.dumps([case.job() for case in cases]))
-        run([sys.executable, HERE / "reference.py", "latents", jobs, *setup.options("float32")], environment=exact)
+        same = setup.options("float32")  # the dtype is each job's own
+        run([sys.executable, HERE / "reference.py", "latents", jobs, *same], environment=exact)
     with stage("ours against them"):
         for case in cases:
             try:
@@ -264,6 +263,10 @@ def main() -> None:
     setup = Setup(options.carry.resolve(), options.scratch.resolve(), "cpu" if options.dry else "cuda", options.dry)
 
     verdicts = Verdicts()
+    with stage("device"):
+        check_device(setup, verdicts)
+    if verdicts.failed:
+        sys.exit(f"\n{verdicts.failed} failed; nothing to measure on")
     if options.stage in ("correctness", "all"):
         correctness(setup, verdicts)
     if options.stage in ("speed", "all"):

@@ -26,7 +26,7 @@ def load(model: str, dtype: str, device: str, threads: int | None = None) -> Any
     if threads:
         torch.set_num_threads(threads)
     pipeline = StableDiffusionXLPipeline.from_pretrained(
-        model, torch_dtype=getattr(torch, dtype), use_safetensors=True, add_watermarker=False
+        model, dtype=getattr(torch, dtype), use_safetensors=True, add_watermarker=False
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)

@@ -89,17 +89,31 @@ fn catch<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
         Ok(Err(error)) if error.code == "internal" => {
             let causes = error.source.iter().flat_map(|e| e.chain().map(|cause| cause.to_string()).collect::<Vec<_>>());
             let text = causes.collect::<Vec<_>>().join("\n");
-            Err(if is_out_of_memory(&text) { out_of_memory(&text) } else { fault_of_ours(&text) })
+            Err(meaning(&text))
         }
         Ok(result) => result,
-        Err(payload) => {
-            let text = panic_text(payload.as_ref());
-            if is_out_of_memory(&text) {
-                return Err(out_of_memory(&text));
-            }
-            Err(fault_of_ours(&text))
-        }
+        Err(payload) => Err(meaning(&panic_text(payload.as_ref()))),
     }
+}
+
+/// What torch's words mean to a caller.
+fn meaning(text: &str) -> Error {
+    if is_out_of_memory(text) {
+        out_of_memory(text)
+    } else if is_device_lost(text) {
+        Error::new(ErrorClass::DeviceLost, "device_lost", "the accelerator failed; this process cannot use it any more")
+            .source(anyhow::anyhow!(first_line(text).to_owned()))
+            .remedy("try again: a new worker starts with a new context")
+    } else {
+        fault_of_ours(text)
+    }
+}
+
+/// After one of these every call into CUDA fails until the process ends.
+fn is_device_lost(text: &str) -> bool {
+    let fatal =
+        ["illegal memory access", "device-side assert", "launch failure", "uncorrectable ECC", "misaligned address"];
+    text.contains("CUDA error") && fatal.iter().any(|words| text.contains(words))
 }
 
 fn fault_of_ours(text: &str) -> Error {
@@ -193,6 +207,16 @@ mod tests {
         let error = outcome(&engine, "memory").err().unwrap();
         assert_eq!((error.code, error.class), ("out_of_memory", ErrorClass::OutOfMemory));
         assert!(outcome(&engine, "fine").is_ok());
+    }
+
+    #[test]
+    fn only_a_lost_context_asks_for_a_new_worker() {
+        let class = |text: &str| meaning(text).class;
+        assert_eq!(class("CUDA error: an illegal memory access was encountered"), ErrorClass::DeviceLost);
+        assert_eq!(class("CUDA error: device-side assert triggered"), ErrorClass::DeviceLost);
+        assert_eq!(class("CUDA out of memory. Tried to allocate 2.00 GiB"), ErrorClass::OutOfMemory);
+        assert_eq!(class("CUDA error: invalid argument"), ErrorClass::Internal);
+        assert_eq!(class("The size of tensor a (2) must match the size of tensor b (3)"), ErrorClass::Internal);
     }
 
     #[test]

@@ -18,7 +18,8 @@ pub use serve::serve;
 pub use tokenize::tokenize;
 
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 use tokio::task::spawn_blocking;
@@ -37,18 +38,35 @@ fn start_handler(arguments: &EngineArgs) -> Result<Handler> {
     let settings = config::settings(arguments)?;
     let (model, device) = (settings.model.display().to_string(), crate::device::name(settings.device));
     tracing::debug!(model, device, dtype = crate::models::dtype_name(settings.kind), "loading");
-    let started = std::time::Instant::now();
+    let started = Instant::now();
     let engine = Engine::start(move || StableDiffusionXlPipeline::load(settings))?;
     tracing::info!(model, device, seconds = format!("{:.2}", started.elapsed().as_secs_f64()), "model loaded");
     Ok(Handler::new(engine, arguments.max_pixels, arguments.max_num_images))
 }
 
+/// How long the phases of the start took. Clones share the list.
+#[derive(Clone, Default)]
+struct ColdStart(Arc<Mutex<Vec<(&'static str, Duration)>>>);
+
+impl ColdStart {
+    fn time<T>(&self, phase: &'static str, work: impl FnOnce() -> T) -> T {
+        let started = Instant::now();
+        let result = work();
+        self.0.lock().expect("pushing does not panic").push((phase, started.elapsed()));
+        result
+    }
+
+    fn phases(&self) -> Vec<(&'static str, Duration)> {
+        self.0.lock().expect("pushing does not panic").clone()
+    }
+}
+
 /// Loads the model and runs one warm-up step, off the threads that talk to the network.
-async fn load_runner(arguments: EngineArgs) -> Result<Arc<dyn Runner>> {
+async fn load_runner(arguments: EngineArgs, phases: ColdStart) -> Result<Arc<dyn Runner>> {
     let load = move || -> Result<Arc<dyn Runner>> {
-        let handler = start_handler(&arguments)?;
+        let handler = phases.time("load_model", || start_handler(&arguments))?;
         let warm_up = json!({ "prompt": "warm-up", "num_inference_steps": 1, "seed": 0 });
-        let _picture = handler.generate(&warm_up, JobContext::default())?;
+        let _picture = phases.time("warm_up", || handler.generate(&warm_up, JobContext::default()))?;
         Ok(Arc::new(Arc::new(handler)))
     };
     spawn_blocking(load).await.map_err(anyhow::Error::from)?

@@ -3,7 +3,7 @@ use std::time::Instant;
 
 use tch::{Device, Kind, Tensor};
 
-use super::{block_on, load_runner};
+use super::{ColdStart, block_on, load_runner};
 use crate::cli::EngineArgs;
 use crate::config;
 use crate::error::Result;
@@ -17,7 +17,7 @@ pub fn runpod(arguments: &EngineArgs, settings: Settings) -> Result<()> {
         let uploader = uploader.clone();
         Box::pin(async move { uploader.upload_pictures(&job_id, s3_config.as_ref(), files).await })
     });
-    let load = load_runner(arguments.clone());
+    let load = load_runner(arguments.clone(), ColdStart::default());
     let exit = block_on(async move {
         let signals = worker::signals().map_err(anyhow::Error::from)?;
         // libtorch looks for devices in the load, so that the heartbeat does not wait for it

@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use url::Url;
 
-use super::{block_on, load_runner};
+use super::{ColdStart, block_on, load_runner};
 use crate::cli::{EngineArgs, ServeArgs};
 use crate::config;
 use crate::device;
@@ -25,6 +25,7 @@ pub fn serve(arguments: &EngineArgs, options: &ServeArgs) -> Result<()> {
     if settings.api_key.is_none() && !matches!(host.as_str(), "127.0.0.1" | "::1") {
         tracing::warn!("serving {host} without an API key: everybody who reaches it can use it (--api-key)");
     }
+    let phases = ColdStart::default();
     let hooks = Hooks {
         encode: Some(encode(config::uploader()?)),
         post_webhook: Some(post_webhook(config::guard())),
@@ -32,9 +33,12 @@ pub fn serve(arguments: &EngineArgs, options: &ServeArgs) -> Result<()> {
             let (free, total_bytes) = torch::device_memory(device::best()).ok().flatten()?;
             Some(GpuMemory { used_bytes: total_bytes - free, total_bytes })
         })),
-        cold_start: None,
+        cold_start: Some(Arc::new({
+            let phases = phases.clone();
+            move || phases.phases()
+        })),
     };
-    let load = load_runner(arguments.clone());
+    let load = load_runner(arguments.clone(), phases);
     block_on(async move {
         let bind = async |port: u16| {
             TcpListener::bind((host.as_str(), port)).await.map_err(|e| {
