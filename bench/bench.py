@@ -1,6 +1,6 @@
 """Ours beside diffusers on this machine: the small default model on the CPU.
 
-    make bench                            all of it, about 6 minutes on an idle machine
+    make bench                            all of it, about 5 minutes on an idle machine
     .venv/bin/python bench/bench.py --quick
 
 Every figure comes from this one run. The two programs alternate, in processes of their own, so that whatever else the
@@ -23,7 +23,8 @@ from measure import ROOT, Command, Gpu, Peaks, Row, machine, noise_band, run, ta
 WORKER = ROOT / "target" / "release" / "sdxl-worker"
 REFERENCE = Path(__file__).with_name("reference.py")
 SCRATCH = ROOT / "target" / "bench"
-PHASES = ("encode_prompt", "prepare", "denoise", "decode")  # to pixels; diffusers encodes no file here, so ours not either
+# To pixels: no file is encoded on the other side, so ours does not count either.
+PHASES = ("encode_prompt", "prepare", "denoise", "decode")
 
 REQUEST = {
     "prompt": "a lighthouse on a rocky coast at sunset, oil painting",
@@ -96,7 +97,9 @@ def sides(
     )
 
 
-def measure(both: tuple[Side, Side], blocks: int, warm_up: int, measured: int, starts: int, gpu: Gpu | None = None) -> None:
+def measure(
+    both: tuple[Side, Side], blocks: int, warm_up: int, measured: int, starts: int, gpu: Gpu | None = None
+) -> None:
     """Alternates: ours, diffusers, ours, diffusers, ..."""
     for block in range(blocks):
         for side in both:
@@ -130,7 +133,8 @@ def main() -> None:
 
     gb = 1e9
     rows = [
-        Row("seconds per image", "s", ours.middle(*PHASES), theirs.middle(*PHASES), 0.65, noise_band(ours.values(*PHASES))),
+        Row("seconds per image", "s", ours.middle(*PHASES), theirs.middle(*PHASES), 0.65,
+            noise_band(ours.values(*PHASES))),
         Row("process start to first image", "s", median(ours.starts), median(theirs.starts), 0.15,
             noise_band([[seconds] for seconds in ours.starts])),
         Row("peak memory (RssAnon + RssShmem)", "GB", ours.peaks.private / gb, theirs.peaks.private / gb, 0.5),
@@ -138,8 +142,10 @@ def main() -> None:
     ]  # fmt: skip
     print(f"{date.today()}: {conditions}")
     print(versions(WORKER))
-    print(f"models/tiny, 128x128, 25 steps, Euler, CFG 5, float32 on the CPU; {blocks} blocks of {measured} images after "
-          f"{warm_up} warm-ups, {starts} starts each; medians; python bench/bench.py{' --quick' * options.quick}\n")  # fmt: skip
+    print(
+        f"models/tiny, 128x128, 25 steps, Euler, CFG 5, float32 on the CPU; {blocks} blocks of {measured} images after "
+        f"{warm_up} warm-ups, {starts} starts each; medians; python bench/bench.py{' --quick' * options.quick}\n"
+    )
     print(table(rows))
     if noisy(rows):
         print("\nThe machine was busy: ours differs from itself by more than 10 %. Repeat when it is idle.")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Ours beside diffusers on a machine with an NVIDIA GPU: a checkout with bench/carry in it (bench/pack.sh makes that), and
-# a Python 3.12 with torch 2.11 and transformers. No network, no Rust.
+# Ours beside diffusers on a machine with an NVIDIA GPU. It needs a checkout with bench/carry in it (bench/pack.sh makes
+# that) and a Python 3.12 with torch 2.11 and transformers; no network, no Rust.
 #
 #   bench/gpu.sh correctness   latents against diffusers' on the same GPU; exit status 1 when they differ
 #   bench/gpu.sh speed         time and memory at full size; both stages stay below 10 minutes
@@ -37,7 +37,9 @@ elif [ ! -x "$carry/bin/sdxl-worker" ]; then
 fi
 
 # The worker runs on the libtorch of the Python it is compared with.
-LIBTORCH=${LIBTORCH:-$("$python" -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')}
+if [ -z "${LIBTORCH:-}" ]; then
+    LIBTORCH=$("$python" -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')
+fi
 export LIBTORCH
 export HF_HUB_OFFLINE=1
 

@@ -26,7 +26,7 @@ import bench
 from measure import ROOT, Gpu, ProgramFailed, Row, machine, noise_band, run, table, threads, versions
 
 HERE = Path(__file__).parent
-PROMPT = {"prompt": bench.REQUEST["prompt"], "negative_prompt": "blurry, low quality", "guidance_scale": 5.0, "seed": 42}
+PROMPT = {name: bench.REQUEST[name] for name in ("prompt", "negative_prompt", "guidance_scale", "seed")}
 
 FLOAT32_LIMIT = 1e-3  # relative error of the latents, TF32 off
 PIXEL_LIMIT = 2  # of 255, float32
@@ -124,7 +124,7 @@ def correctness(setup: Setup, verdicts: Verdicts) -> None:
         cases.append(Case(f"tiny {dtype}", setup.tiny, dtype, tiny, folder / f"tiny-{dtype}"))
     side = 128 if setup.dry else 1024
     full = PROMPT | {"width": side, "height": side, "num_inference_steps": 2 if setup.dry else 6, "num_images": 2}
-    # One file serves all: 16-bit weights in float32 are exact, and float16 from bfloat16 is rounded alike on both sides.
+    # One file serves all: bfloat16 in float32 is exact, and its float16 is rounded alike on both sides.
     model = setup.full_size()
     for dtype in ("bfloat16",) if setup.dry else ("float32", "float16", "bfloat16"):
         cases.append(Case(f"full size {dtype}", model, dtype, full, folder / f"full-{dtype}"))
@@ -230,9 +230,9 @@ def speed(setup: Setup) -> None:
     print(f"\n{date.today()}: {describe_gpu() if gpu else 'no GPU'}; {conditions}")
     print(versions(setup.worker))
     print(
-        f"{'tiny' if setup.dry else 'full-size SDXL'}, random weights, {side}x{side}, {steps} steps, Euler, CFG 5, {dtype} "
-        f"with the VAE; {blocks} blocks of {measured} images after {warm_up} warm-ups, {starts} starts with the files in "
-        f"the page cache; medians"
+        f"{'tiny' if setup.dry else 'full-size SDXL'}, random weights, {side}x{side}, {steps} steps, Euler, CFG 5, "
+        f"{dtype} with the VAE; {blocks} blocks of {measured} images after {warm_up} warm-ups, {starts} starts with "
+        f"the files in the page cache; medians"
     )
     if gpu:
         source = "the process's own, from the driver" if gpu.per_process else "what the card's use grew by"

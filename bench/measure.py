@@ -31,8 +31,8 @@ class ProgramFailed(SystemExit):
 
 @dataclass
 class Peaks:
-    """The most memory a process had, in bytes. `private` is RssAnon + RssShmem: what only this process needs. `resident`
-    (VmHWM) adds mapped files, which the page cache holds anyway. `gpu` is the driver's figure."""
+    """The most memory a process had, in bytes. `private` is RssAnon + RssShmem: what only this process needs.
+    `resident` (VmHWM) adds mapped files, which the page cache holds anyway. `gpu` is the driver's figure."""
 
     private: int = 0
     resident: int = 0
@@ -84,7 +84,8 @@ def run(command: Command, gpu: Gpu | None = None, environment: dict[str, str] | 
         errors.seek(0)
         result.errors = errors.read()
     if check and result.status:
-        raise ProgramFailed(f"failed with status {result.status}: {' '.join(map(str, command))}\n{result.errors[-3000:]}")
+        words = " ".join(map(str, command))
+        raise ProgramFailed(f"failed with status {result.status}: {words}\n{result.errors[-3000:]}")
     return result
 
 
@@ -134,9 +135,11 @@ class Gpu:
 # --- Numbers ----------------------------------------------------------------------------------------------------------
 
 
-def noise_band(blocks: Sequence[Sequence[float]]) -> tuple[float, float]:
+def noise_band(blocks: Sequence[Sequence[float]]) -> tuple[float, float] | None:
     """Ours against itself: the lowest and highest median of a block, over the median of all. A ratio inside this band
-    is no difference."""
+    is no difference. One block tells nothing."""
+    if len(blocks) < 2:
+        return None
     middle = median(value for block in blocks for value in block)
     medians = [median(block) / middle for block in blocks]
     return min(medians), max(medians)
@@ -157,7 +160,8 @@ class Row:
         ratio = self.ours / self.theirs if self.theirs else float("nan")
         aim = "" if self.aim is None else f"<= {self.aim:g} {'met' if ratio <= self.aim else 'MISSED'}"
         noise = "" if self.noise is None else f"{self.noise[0]:.2f} to {self.noise[1]:.2f}"
-        return [self.quantity, f"{digits(self.ours)} {self.unit}", f"{digits(self.theirs)} {self.unit}", f"{ratio:.2f}", aim, noise]
+        ours, theirs = (f"{digits(value)} {self.unit}" for value in (self.ours, self.theirs))
+        return [self.quantity, ours, theirs, f"{ratio:.2f}", aim, noise]
 
 
 def digits(value: float) -> str:
@@ -179,7 +183,8 @@ def table(rows: Sequence[Row]) -> str:
 def machine() -> str:
     cpu = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{cpu[1] if cpu else platform.machine()}, {threads()} threads, {memory:.0f} GiB, load {os.getloadavg()[0]:.1f}"
+    name = cpu[1] if cpu else platform.machine()
+    return f"{name}, {threads()} threads, {memory:.0f} GiB, load {os.getloadavg()[0]:.1f}"
 
 
 def threads() -> int:

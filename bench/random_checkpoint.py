@@ -2,8 +2,8 @@
 
     python bench/random_checkpoint.py --arch sdxl --dtype bfloat16 --out target/sdxl-random [--device cuda]
 
-What is measured on it holds for trained weights: the same arithmetic on the same shapes. Values keep signals at order 1,
-so nothing overflows in float16. Tensors are written one piece at a time, so memory stays far below the file's size.
+What is measured on it holds for trained weights: the same arithmetic on the same shapes. Values keep signals at order
+1, so nothing overflows in float16. Tensors are written piece by piece, so memory stays far below the file's size.
 """
 
 from __future__ import annotations
@@ -133,18 +133,18 @@ def write_checkpoint(source: Path, out: Path, dtype: str, device: str = "cpu", u
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="sdxl", help="an architecture that ships with us, or a folder with its configurations")
+    parser.add_argument("--arch", default="sdxl", help="an architecture of ours, or a folder of configurations")
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
     parser.add_argument("--out", type=Path, required=True, help="folder of the model; replaced if it exists")
     parser.add_argument("--device", default="cpu", help="where the numbers are made")
     parser.add_argument("--unet-shards", type=int, default=1, help="files for the UNet, with an index when several")
     options = parser.parse_args()
     source = ARCHS / options.arch
+    if not source.is_dir():
+        source = Path(options.arch)
     started = time.monotonic()
     torch.set_num_threads(1)  # pieces are too small to share out
-    write_checkpoint(
-        source if source.is_dir() else Path(options.arch), options.out, options.dtype, options.device, options.unet_shards
-    )
+    write_checkpoint(source, options.out, options.dtype, options.device, options.unet_shards)
     size = sum(file.stat().st_size for file in options.out.rglob("*.safetensors"))
     print(f"{options.out}: {size / 1e9:.2f} GB of random {options.dtype} in {time.monotonic() - started:.0f} s")
 

@@ -132,8 +132,8 @@ def test_one_step_makes_a_picture_and_copies_no_weights(
     assert (tmp_path / "7.png").read_bytes().startswith(b"\x89PNG")
     weights = sum((full_size.model / file).stat().st_size for file in FILES.values())
     print(
-        f"guidance {guidance_scale}: {result.at[-1]:.0f} s, {result.peaks.private / 1e9:.2f} GB of private memory at the "
-        f"peak, {result.peaks.resident / 1e9:.2f} GB resident, for {weights / 1e9:.2f} GB of weights"
+        f"guidance {guidance_scale}: {result.at[-1]:.0f} s, {result.peaks.private / 1e9:.2f} GB of private memory at "
+        f"the peak, {result.peaks.resident / 1e9:.2f} GB resident, for {weights / 1e9:.2f} GB of weights"
     )
     # The smallest copy there could be, of the UNet's weights alone, is 5 GB; what remains are activations.
     assert result.peaks.private < 2e9
