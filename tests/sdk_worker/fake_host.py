@@ -37,6 +37,12 @@ class FakeHost:
                 self.answer(200, b"{}")
 
             def answer(self, status: int, body: bytes) -> None:
+                try:
+                    self.write(status, body)
+                except ConnectionError:
+                    pass  # the worker has ended
+
+            def write(self, status: int, body: bytes) -> None:
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(body)))
