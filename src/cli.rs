@@ -39,6 +39,7 @@ Examples:
 
 Exit status:
   0 done   1 failed   2 bad input or usage   3 installation incomplete   130 cancelled
+  Without a command: 0 or 1, as with RunPod's SDK.
   On failure stderr ends with the error as one JSON object, unless it is a terminal.";
 
 const GENERATE_EXAMPLES: &str = "\

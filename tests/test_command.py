@@ -279,14 +279,14 @@ def test_a_job_given_with_the_sdks_flag_is_answered_in_the_form_it_asks_for(tmp_
 
 
 def test_without_a_command_and_without_a_job_the_way_out_is_told(tmp_path: Path):
-    error = error_of(run(cwd=tmp_path), 2, "test_input_missing")
+    error = error_of(run(cwd=tmp_path), 1, "test_input_missing")
     assert "test_input.json" in whole_text(error) and "--help" in error["remedy"]
 
 
 @pytest.mark.parametrize("job, code", [("{", "invalid_json"), ('{"prompt": "a"}', "missing_field")])
 def test_a_job_that_is_none_is_an_error(tmp_path: Path, job: str, code: str):
     (tmp_path / "test_input.json").write_text(job)
-    assert "test_input.json" in error_of(run(cwd=tmp_path), 2, code)["message"]
+    assert "test_input.json" in error_of(run(cwd=tmp_path), 1, code)["message"]
 
 
 # --- What is told while it runs ---------------------------------------------------------------------------------------

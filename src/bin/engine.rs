@@ -26,7 +26,8 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             error.print();
-            error.class.exit_code().into()
+            // one job without a command ends as under RunPod's SDK: 1 for whatever went wrong
+            if cli.command.is_none() { ExitCode::FAILURE } else { error.class.exit_code().into() }
         }
     }
 }
