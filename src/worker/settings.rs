@@ -3,36 +3,11 @@
 //! Never refuses to start: the platform's harness sets odd values, and a worker that dies on one is a crash loop. What
 //! cannot be read keeps its default and is named in [`Settings::warnings`].
 
-use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
 use super::urls::Urls;
-
-/// A value that is never shown.
-#[derive(Clone, Default, PartialEq, Eq)]
-pub struct Secret(String);
-
-impl Secret {
-    pub fn new(value: impl Into<String>) -> Self {
-        Secret(value.into())
-    }
-
-    /// The value itself, for the one place that sends it.
-    pub fn reveal(&self) -> &str {
-        &self.0
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-}
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("***")
-    }
-}
+use crate::net::Secret;
 
 #[derive(Debug, Clone)]
 pub struct Settings {
