@@ -111,6 +111,63 @@ def measure(
         print(f"start {start + 1} of {starts}", file=sys.stderr, flush=True)
 
 
+def control_requests(scratch: Path) -> dict[str, tuple[dict[str, object], list[str]]]:
+    """The request, larger so that computing and not calling is measured, without and with controls; and the options."""
+    import base64
+    import io
+
+    from PIL import Image
+
+    scripts = ROOT / "torchscript"
+    folders = {net: scratch / net for net in ("plain", "union")}
+    for net, folder in folders.items():
+        run([sys.executable, scripts / "tiny_models.py", "--out", folder, "--controlnet", net])
+    models = [part for folder in (ROOT / "models" / "tiny", *folders.values()) for part in ("--model", folder)]
+    run([sys.executable, scripts / "export.py", *models, "--out", scratch / "graphs"])
+    out = io.BytesIO()
+    Image.linear_gradient("L").resize((256, 256)).save(out, "PNG")
+    control = {"image": base64.b64encode(out.getvalue()).decode()}
+    plain = REQUEST | {"width": 256, "height": 256, "num_inference_steps": 10}
+
+    def case(net: str, *modes: int | None) -> tuple[dict[str, object], list[str]]:
+        entries = [control | {"model": net} | ({} if mode is None else {"mode": mode}) for mode in modes]
+        return plain | {"controlnets": entries}, ["--controlnet", f"{net}={folders[net]}"]
+
+    return {
+        "none": (plain, []),
+        "one": case("plain", None),
+        "union one": case("union", 3),
+        "union two": case("union", 1, 3),
+    }
+
+
+def measure_control(scratch: Path, same: list[str], blocks: int, warm_up: int, measured: int) -> list[Row]:
+    """What a ControlNet costs: a step with one over a step without, on either side."""
+    cases = {
+        name: sides(WORKER, ROOT / "models" / "tiny", scratch / "graphs", request, scratch / name, [*same, *options])
+        for name, (request, options) in control_requests(scratch).items()
+    }
+    for block in range(blocks):
+        for both in cases.values():
+            for side in both:
+                side.measure_block(warm_up, measured)
+        print(f"control block {block + 1} of {blocks}", file=sys.stderr, flush=True)
+    steps = {name: [side.middle("denoise") for side in both] for name, both in cases.items()}
+
+    def row(quantity: str, with_it: str, without: str) -> Row:
+        ours, theirs = (a / b for a, b in zip(steps[with_it], steps[without]))
+        bands = [noise_band(cases[name][0].values("denoise")) for name in (with_it, without)]
+        noise = None if None in bands else (bands[0][0] / bands[1][1], bands[0][1] / bands[1][0])
+        return Row(quantity, "x", ours, theirs, 1.0, noise)
+
+    return [
+        Row("a step without a ControlNet, 256x256", "s", *(seconds / 10 for seconds in steps["none"])),
+        row("a step with one ControlNet / without", "one", "none"),
+        row("a union net: a step with one control / without", "union one", "none"),
+        row("a union net: two controls / one", "union two", "union one"),
+    ]
+
+
 def noisy(rows: list[Row]) -> bool:
     return any(row.noise and (row.noise[0] < 0.9 or row.noise[1] > 1.1) for row in rows)
 
@@ -131,6 +188,8 @@ def main() -> None:
         side.starts.clear()
     measure(both, blocks, warm_up, measured, starts)
 
+    control_rows = measure_control(SCRATCH / "control", same, blocks, warm_up, measured)
+
     gb = 1e9
     rows = [
         Row("seconds per image", "s", ours.middle(*PHASES), theirs.middle(*PHASES), 0.65,
@@ -139,12 +198,14 @@ def main() -> None:
             noise_band([[seconds] for seconds in ours.starts])),
         Row("peak memory (RssAnon + RssShmem)", "GB", ours.peaks.private / gb, theirs.peaks.private / gb, 0.5),
         Row("the same, files mapped included (VmHWM)", "GB", ours.peaks.resident / gb, theirs.peaks.resident / gb),
+        *control_rows,
     ]  # fmt: skip
     print(f"{date.today()}: {conditions}")
     print(versions(WORKER))
     print(
         f"models/tiny, 128x128, 25 steps, Euler, CFG 5, float32 on the CPU; {blocks} blocks of {measured} images after "
         f"{warm_up} warm-ups, {starts} starts each; medians; python bench/bench.py{' --quick' * options.quick}\n"
+        "Rows of ControlNets: 256x256, 10 steps; each side is a ratio of its own two step times.\n"
     )
     print(table(rows))
     if noisy(rows):

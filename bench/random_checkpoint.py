@@ -1,6 +1,7 @@
 """Writes a checkpoint of random weights at its full size, in the Hub's layout and names.
 
     python bench/random_checkpoint.py --arch sdxl --dtype bfloat16 --out target/sdxl-random [--device cuda]
+    python bench/random_checkpoint.py --arch controlnet --dtype bfloat16 --out target/controlnet-random
 
 What is measured on it holds for trained weights: the same arithmetic on the same shapes. Values keep signals at order
 1, so nothing overflows in float16. Tensors are written piece by piece, so memory stays far below the file's size.
@@ -131,6 +132,19 @@ def write_checkpoint(source: Path, out: Path, dtype: str, device: str = "cpu", u
     temporary.rename(out)
 
 
+def write_part(source: Path, out: Path, dtype: str, device: str = "cpu") -> None:
+    """`source` is the folder of one component, such as a ControlNet."""
+    import diffusers
+
+    config = read_json(source / "config.json")
+    with torch.device("meta"):
+        module = getattr(diffusers, config["_class_name"]).from_config(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    write_json(out / "config.json", config)
+    numbers = RandomNumbers(getattr(torch, dtype), device)
+    write_component(out, "diffusion_pytorch_model", shapes, dtype, 1, numbers)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="sdxl", help="an architecture of ours, or a folder of configurations")
@@ -144,7 +158,10 @@ def main() -> None:
         source = Path(options.arch)
     started = time.monotonic()
     torch.set_num_threads(1)  # pieces are too small to share out
-    write_checkpoint(source, options.out, options.dtype, options.device, options.unet_shards)
+    if (source / "config.json").is_file():
+        write_part(source, options.out, options.dtype, options.device)
+    else:
+        write_checkpoint(source, options.out, options.dtype, options.device, options.unet_shards)
     size = sum(file.stat().st_size for file in options.out.rglob("*.safetensors"))
     print(f"{options.out}: {size / 1e9:.2f} GB of random {options.dtype} in {time.monotonic() - started:.0f} s")
 

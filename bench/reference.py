@@ -19,14 +19,22 @@ from typing import Any
 Request = dict[str, Any]
 
 
-def load(model: str, dtype: str, device: str, threads: int | None = None) -> Any:
+def load(model: str, dtype: str, device: str, threads: int | None = None, controlnet: str | None = None) -> Any:
+    """`controlnet` is NAME=DIR."""
+    import diffusers
     import torch
-    from diffusers import StableDiffusionXLPipeline
 
     if threads:
         torch.set_num_threads(threads)
-    pipeline = StableDiffusionXLPipeline.from_pretrained(
-        model, dtype=getattr(torch, dtype), use_safetensors=True, add_watermarker=False
+    kind, parts = diffusers.StableDiffusionXLPipeline, {}
+    if controlnet:
+        folder = controlnet.partition("=")[2]
+        union = "Union" if read(Path(folder) / "config.json")["_class_name"] == "ControlNetUnionModel" else ""
+        kind = getattr(diffusers, f"StableDiffusionXLControlNet{union}Pipeline")
+        net = getattr(diffusers, f"ControlNet{union}Model")
+        parts["controlnet"] = net.from_pretrained(folder, dtype=getattr(torch, dtype))
+    pipeline = kind.from_pretrained(
+        model, **parts, dtype=getattr(torch, dtype), use_safetensors=True, add_watermarker=False
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
@@ -38,10 +46,27 @@ def arguments(request: Request) -> dict[str, Any]:
 
     count = request.get("num_images", 1)
     names = ("prompt", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale")
-    return {name: request[name] for name in names if name in request} | {
+    return {name: request[name] for name in names if name in request} | controls(request) | {
         "num_images_per_prompt": count,
         "generator": [torch.Generator("cpu").manual_seed(request["seed"] + index) for index in range(count)],
     }
+
+
+def controls(request: Request) -> dict[str, Any]:
+    """Those of one net, each with scale 1."""
+    import base64
+    import io
+
+    from PIL import Image
+
+    entries = request.get("controlnets", [])
+    maps = [Image.open(io.BytesIO(base64.b64decode(entry["image"]))).convert("RGB") for entry in entries]
+    if not entries:
+        return {}
+    if "mode" not in entries[0]:
+        return {"image": maps[0]}
+    scales = {"controlnet_conditioning_scale": [1.0] * len(maps)}
+    return scales | {"control_image": maps, "control_mode": [entry["mode"] for entry in entries]}
 
 
 def first(options: argparse.Namespace) -> None:
@@ -54,7 +79,7 @@ def loop(options: argparse.Namespace) -> None:
     """Times each run and its phases, by marks set around the text encoders and the VAE."""
     import torch
 
-    pipeline = load(options.model, options.dtype, options.device, options.threads)
+    pipeline = load(options.model, options.dtype, options.device, options.threads, options.controlnet)
     marks: list[float] = []
 
     def mark() -> None:
@@ -141,6 +166,7 @@ def main() -> None:
     command.set_defaults(run=first)
     command = commands.add_parser("loop", parents=[common, one_model])
     command.add_argument("--repeat", type=int, default=1)
+    command.add_argument("--controlnet", metavar="NAME=DIR")
     command.set_defaults(run=loop)
     command = commands.add_parser("latents", parents=[common])
     command.add_argument("jobs", type=Path)

@@ -76,6 +76,8 @@ pub enum Command {
     Generate(Box<GenerateArgs>),
     /// Serve RunPod's endpoint API on this machine
     Serve(ServeArgs),
+    /// Turn a photo into a control map and write it as a PNG: canny, scribble, softedge, lineart, tile or invert
+    Preprocess(PreprocessArgs),
     /// Check device, libtorch, graphs and weights: what works and what to do about the rest
     Doctor,
     /// Read a JSON list of strings on standard input and print the token ids of both tokenizers
@@ -118,6 +120,19 @@ pub struct EngineArgs {
     #[arg(long, global = true, env = "MAX_NUM_IMAGES", value_name = "N", default_value_t = 8,
           value_parser = clap::value_parser!(u32).range(1..))]
     pub max_num_images: u32,
+    /// A ControlNet and the name that requests give it (repeatable; the first is the default)
+    #[arg(long, global = true, env = "CONTROLNETS", value_name = "NAME=DIR", value_delimiter = ',')]
+    pub controlnet: Vec<NamedDir>,
+    /// Load the ControlNets at start rather than when a request first asks for one
+    #[arg(long, global = true, env = "PRELOAD_CONTROLNETS", value_name = "BOOL", num_args = 0..=1,
+          default_value_t = false, default_missing_value = "true", value_parser = clap::builder::BoolishValueParser::new())]
+    pub preload_controlnets: bool,
+    /// Keep at most this many bytes of ControlNets loaded; those used longest ago make room
+    #[arg(long, global = true, env = "CONTROLNET_MEMORY", value_name = "BYTES", default_value = "8G")]
+    pub controlnet_memory: ByteSize,
+    /// Most controls a request may ask for
+    #[arg(long, global = true, env = "MAX_CONTROLS", value_name = "N", default_value_t = 8)]
+    pub max_controls: usize,
     /// Refuse requests that would need more memory, such as 6G [default: what the machine or container allows]
     #[arg(long, global = true, env = "MEMORY_LIMIT", value_name = "BYTES")]
     pub memory_limit: Option<ByteSize>,
@@ -170,6 +185,27 @@ pub struct GenerateArgs {
     /// Pictures to make, with seed, seed+1, ... [default: 1]
     #[arg(long, value_name = "N", help_heading = "Request")]
     pub num_images: Option<u32>,
+    /// Picture to start from: a file or a URL
+    #[arg(long, value_name = "FILE", help_heading = "Request")]
+    pub image: Option<String>,
+    /// White where that picture is to be repainted: a file or a URL
+    #[arg(long, value_name = "FILE", help_heading = "Request")]
+    pub mask_image: Option<String>,
+    /// How much of that picture is made anew, 0 to 1 [default: 0.3; 0.8 with a control; 0.9999 with a mask]
+    #[arg(long, value_name = "X", help_heading = "Request")]
+    pub strength: Option<f64>,
+    /// Control map for a ControlNet: a file or a URL; several go into --input's `controlnets`
+    #[arg(long, value_name = "FILE", help_heading = "Request")]
+    pub control_image: Option<String>,
+    /// What kind of map it is, for a union ControlNet: canny, depth, openpose, ...
+    #[arg(long, value_name = "NAME", help_heading = "Request")]
+    pub control_mode: Option<String>,
+    /// How strictly the map is followed [default: 1]
+    #[arg(long, value_name = "X", help_heading = "Request")]
+    pub control_scale: Option<f64>,
+    /// Make the control map from a photo first: canny, scribble, softedge, lineart, tile or invert
+    #[arg(long, value_name = "NAME", help_heading = "Request")]
+    pub preprocess: Option<String>,
     /// Such as euler or ddim [default: the model's own]
     #[arg(long, value_name = "NAME", help_heading = "Request")]
     pub scheduler: Option<String>,
@@ -226,6 +262,20 @@ impl SdkArgs {
             max_queue: 100,
         }
     }
+}
+
+/// A photo, and what it becomes.
+#[derive(Debug, Clone, Args)]
+pub struct PreprocessArgs {
+    /// canny, scribble, softedge, lineart, tile or invert
+    pub name: String,
+    /// PNG, JPEG or WebP
+    pub photo: PathBuf,
+    /// The PNG to write
+    pub map: PathBuf,
+    /// A parameter of the preprocessor (repeatable): `low_threshold=50`
+    #[arg(long = "set", value_name = "KEY=JSON")]
+    pub set: Vec<RequestField>,
 }
 
 /// What the benchmark repeats.
@@ -319,10 +369,47 @@ impl GenerateArgs {
             ("num_images", self.num_images.map(Value::from)),
             ("scheduler", self.scheduler.clone().map(Value::from)),
             ("output_format", self.output_format.clone().map(Value::from)),
+            ("image", self.image.clone().map(Value::from)),
+            ("mask_image", self.mask_image.clone().map(Value::from)),
+            ("strength", self.strength.map(Value::from)),
+            ("controlnets", self.control()),
         ];
         let typed = typed.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?)));
         let set = self.set.iter().map(|field| (field.key.clone(), field.value.clone()));
         typed.chain(set).collect()
+    }
+
+    /// `controlnets` with one entry, where an option speaks of a control.
+    fn control(&self) -> Option<Value> {
+        let fields = [
+            ("image", self.control_image.clone().map(Value::from)),
+            ("mode", self.control_mode.clone().map(Value::from)),
+            ("scale", self.control_scale.map(Value::from)),
+            ("preprocess", self.preprocess.as_ref().map(|name| serde_json::json!({ "name": name }))),
+        ];
+        let fields: Map<String, Value> =
+            fields.into_iter().filter_map(|(key, value)| Some((key.into(), value?))).collect();
+        (!fields.is_empty()).then(|| Value::Array(vec![fields.into()]))
+    }
+}
+
+/// `NAME=DIR` of `--controlnet`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamedDir {
+    pub name: String,
+    pub dir: PathBuf,
+}
+
+impl FromStr for NamedDir {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=').map(|(name, dir)| (name.trim(), dir.trim())) {
+            Some((name, dir)) if !name.is_empty() && !dir.is_empty() => {
+                Ok(NamedDir { name: name.to_owned(), dir: dir.into() })
+            }
+            _ => Err("expected NAME=DIR".into()),
+        }
     }
 }
 

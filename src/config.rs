@@ -4,11 +4,12 @@ use std::path::PathBuf;
 
 use tch::{Device, Kind};
 
+use crate::api::Limits;
 use crate::cli::{self, DeviceName, DtypeName, EngineArgs, ServeArgs};
 use crate::device;
 use crate::error::{Error, Result};
-use crate::net::{Bucket, Guard, GuardSettings, Secret, Uploader};
-use crate::pipeline::{Settings, VaeTiling};
+use crate::net::{Bucket, DownloadSettings, Downloader, Guard, GuardSettings, Secret, Uploader};
+use crate::pipeline::{ControlNetSource, Settings, VaeTiling};
 use crate::torch::AttentionBackend;
 use crate::{server, worker};
 
@@ -42,6 +43,9 @@ pub fn settings(arguments: &EngineArgs) -> Result<Settings> {
             cli::VaeTiling::On => VaeTiling::Always,
             cli::VaeTiling::Off => VaeTiling::Never,
         },
+        controlnets: arguments.controlnet.iter().map(controlnet).collect(),
+        preload_controlnets: arguments.preload_controlnets,
+        controlnet_memory: arguments.controlnet_memory.0,
         memory_limit: arguments.memory_limit.map(|size| size.0),
     })
 }
@@ -51,6 +55,16 @@ pub fn model(arguments: &EngineArgs) -> Result<PathBuf> {
         Error::setup("model_not_found", format!("no model was named, and {} is not here", cli::DEFAULT_MODEL))
             .remedy("run `make setup` in the project's folder, or give --model")
     })
+}
+
+fn controlnet(source: &cli::NamedDir) -> ControlNetSource {
+    ControlNetSource { name: source.name.clone(), dir: source.dir.clone() }
+}
+
+/// What a request may ask for.
+pub fn limits(arguments: &EngineArgs) -> Limits {
+    let EngineArgs { max_pixels, max_num_images, max_controls, .. } = *arguments;
+    Limits { max_pixels, max_num_images, max_controls, ..Limits::default() }
 }
 
 fn graphs(arguments: &EngineArgs) -> Result<PathBuf> {
@@ -81,6 +95,11 @@ pub fn worker_settings() -> Option<worker::Settings> {
 /// Guards the addresses that clients name.
 pub fn guard() -> Guard {
     Guard::new(GuardSettings::from_variables(variable))
+}
+
+/// Fetches what clients name.
+pub fn downloader() -> Downloader {
+    Downloader::new(guard(), DownloadSettings::from_variables(variable))
 }
 
 /// Puts pictures into the job's bucket or this worker's.

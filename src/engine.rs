@@ -8,7 +8,7 @@ use std::thread;
 use crate::api::GenerateParams;
 use crate::context::JobContext;
 use crate::error::{Error, ErrorClass, Result};
-use crate::pipeline::{Generation, ModelFacts, Pipeline};
+use crate::pipeline::{Generation, InputImages, ModelFacts, Pipeline};
 use crate::torch;
 
 /// Jobs that may wait behind the running one.
@@ -23,6 +23,7 @@ pub struct Engine {
 
 struct Job {
     params: GenerateParams,
+    inputs: InputImages,
     context: JobContext,
     answer: SyncSender<Result<Generation>>,
 }
@@ -56,9 +57,9 @@ impl Engine {
     }
 
     /// Runs one job and waits for it.
-    pub fn generate(&self, params: GenerateParams, context: JobContext) -> Result<Generation> {
+    pub fn generate(&self, params: GenerateParams, inputs: InputImages, context: JobContext) -> Result<Generation> {
         let (answer, result) = sync_channel(1);
-        self.jobs.send(Job { params, context, answer }).map_err(|_| lost())?;
+        self.jobs.send(Job { params, inputs, context, answer }).map_err(|_| lost())?;
         result.recv().map_err(|_| lost())?
     }
 }
@@ -68,10 +69,10 @@ fn lost() -> Error {
 }
 
 fn serve(pipeline: &mut impl Pipeline, queue: &Receiver<Job>) {
-    for Job { params, context, answer } in queue {
+    for Job { params, inputs, context, answer } in queue {
         let result = catch(|| {
             context.check_cancelled()?;
-            pipeline.generate(&params, &context)
+            pipeline.generate(&params, &inputs, &context)
         });
         if matches!(&result, Err(error) if error.class == ErrorClass::OutOfMemory) {
             torch::empty_cache().ok();
@@ -159,10 +160,12 @@ mod tests {
                 default_height: 64,
                 default_width: 64,
                 default_scheduler: SchedulerKind::EulerDiscrete,
+                needs_mask: false,
+                controlnets: Vec::new(),
             }
         }
 
-        fn generate(&mut self, params: &GenerateParams, context: &JobContext) -> Result<Generation> {
+        fn generate(&mut self, params: &GenerateParams, _: &InputImages, context: &JobContext) -> Result<Generation> {
             match params.prompt.as_str() {
                 "panic" => panic!("a fault in the pipeline"),
                 "shapes" => {
@@ -185,11 +188,11 @@ mod tests {
 
     fn params(prompt: &str) -> GenerateParams {
         let (request, _) = parse(&serde_json::json!({ "prompt": prompt })).unwrap();
-        validate(request, &Limits::default()).unwrap()
+        validate(request, &Limits::default(), None).unwrap()
     }
 
     fn outcome(engine: &Engine, prompt: &str) -> Result<Generation> {
-        engine.generate(params(prompt), JobContext::default())
+        engine.generate(params(prompt), InputImages::default(), JobContext::default())
     }
 
     #[test]
@@ -225,7 +228,7 @@ mod tests {
         let (running, waiting) = (JobContext::default(), JobContext::default());
         let start = |context: &JobContext, prompt| {
             let (engine, context, params) = (engine.clone(), context.clone(), params(prompt));
-            thread::spawn(move || engine.generate(params, context))
+            thread::spawn(move || engine.generate(params, InputImages::default(), context))
         };
         let first = start(&running, "wait");
         waiting.cancel();

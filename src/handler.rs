@@ -5,39 +5,58 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use image::RgbImage;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tch::Tensor;
 
 use crate::api::{
-    GenerateParams, GenerateResponse, ImageDetails, Limits, OutputFormat, ResponseFormat, SchedulerKind, Timings,
-    parse, validate,
+    GenerateParams, GenerateRequest, GenerateResponse, ImageDetails, Limits, OutputFormat, ResponseFormat,
+    SchedulerKind, Timings, parse, validate,
 };
 use crate::context::JobContext;
 use crate::engine::Engine;
 use crate::error::{Error, ErrorClass, Result};
+use crate::inputs::Pictures;
 use crate::job::{Job, PictureFile, Reply, Runner, Running};
 use crate::media::{self, Metadata};
+use crate::net::Downloader;
+use crate::pipeline::InputImages;
 
 /// Runs jobs on an engine.
 pub struct Handler {
     engine: Engine,
     limits: Limits,
+    downloader: Downloader,
 }
 
 impl Handler {
     /// What is accepted are the configured limits, with the loaded model's own defaults.
-    pub fn new(engine: Engine, max_pixels: u64, max_num_images: u32) -> Self {
+    pub fn new(engine: Engine, configured: Limits, downloader: Downloader) -> Self {
         let facts = engine.facts();
         let limits = Limits {
             default_height: facts.default_height,
             default_width: facts.default_width,
             default_scheduler: facts.default_scheduler,
             models: vec![facts.name.clone()],
-            max_pixels,
-            max_num_images,
-            ..Limits::default()
+            needs_mask: facts.needs_mask,
+            controlnets: facts.controlnets.clone(),
+            ..configured
         };
-        Handler { engine, limits }
+        Handler { engine, limits, downloader }
+    }
+
+    /// A request of one step for the default size.
+    pub fn warm_up(&self) -> Value {
+        let mut request = json!({ "prompt": "warm-up", "num_inference_steps": 1, "seed": 0 });
+        if self.limits.needs_mask {
+            let (width, height) = (self.limits.default_width, self.limits.default_height);
+            let white = RgbImage::from_pixel(width, height, image::Rgb([255; 3]));
+            let png = media::encode(&white, OutputFormat::Png, 100, None).expect("a white picture can be encoded");
+            let white = media::to_base64(&png);
+            for (field, value) in [("image", json!(white)), ("mask_image", json!(white)), ("strength", json!(1))] {
+                request[field] = value;
+            }
+        }
+        request
     }
 
     /// Runs the job whose `input` this is, and waits for it. Also gives the latents, float32
@@ -45,16 +64,36 @@ impl Handler {
     pub fn generate(&self, input: &Value, context: JobContext) -> Result<(JobOutput, Tensor)> {
         let started = Instant::now();
         let (request, mut warnings) = parse(input)?;
-        let params = validate(request, &self.limits)?;
-        let generation = self.engine.generate(params.clone(), context)?;
+        // what is wrong with the request is told before anything is fetched for it
+        let mut params = validate(request.clone(), &self.limits, None)?;
+        let mut timings = Timings::default();
+        let (mut inputs, mut overlay) = (InputImages::default(), None);
+        if let Some(pictures) = Pictures::fetch(&request, &self.downloader, &context)? {
+            timings.add("download", started.elapsed());
+            let preparing = Instant::now();
+            params = validate(
+                GenerateRequest { seed: Some(params.seed as i64), ..request },
+                &self.limits,
+                Some(&pictures.facts()),
+            )?;
+            (inputs, overlay) = pictures.prepare(&params)?;
+            timings.add("prepare_images", preparing.elapsed());
+        }
+        let generation = self.engine.generate(params.clone(), inputs, context)?;
+        timings.extend(generation.timings);
         warnings.extend(generation.warnings);
+        let images = generation.images;
+        let images = match overlay {
+            Some(overlay) => images.iter().map(|part| overlay.paste(part)).collect(),
+            None => images,
+        };
         let mut output = JobOutput {
-            images: Arc::new(generation.images),
+            images: Arc::new(images),
             pictures: Vec::new(),
             scheduler: generation.scheduler,
             model: self.engine.facts().name.clone(),
             params,
-            timings: generation.timings,
+            timings,
             warnings,
         };
         let encoding = Instant::now();
@@ -146,7 +185,17 @@ impl Reply for JobOutput {
             ResponseFormat::B64Json => media::to_base64(&picture.bytes),
             ResponseFormat::DataUri | ResponseFormat::Url => media::to_data_uri(picture.format(), &picture.bytes),
         });
-        serde_json::to_value(self.response(images.collect())).expect("a reply is JSON")
+        let mut response = self.response(images.collect());
+        if self.wants_links() {
+            response
+                .warnings
+                .push("no bucket took the pictures, so they are in the reply (see BUCKET_ENDPOINT_URL)".into());
+        }
+        serde_json::to_value(response).expect("a reply is JSON")
+    }
+
+    fn wants_links(&self) -> bool {
+        self.params.response_format == ResponseFormat::Url
     }
 
     fn pictures(&self) -> Vec<PictureFile> {

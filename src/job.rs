@@ -36,6 +36,11 @@ pub trait Reply: Send + Sync {
     /// The picture files, for an upload; empty for an answer without pictures.
     fn pictures(&self) -> Vec<PictureFile>;
 
+    /// Whether the client asked for links rather than pictures.
+    fn wants_links(&self) -> bool {
+        false
+    }
+
     /// The answer with these links in place of the pictures, in order.
     fn with_links(&self, links: &[String]) -> Value;
 

@@ -23,6 +23,7 @@ pub mod device;
 pub mod engine;
 pub mod error;
 pub mod handler;
+pub mod inputs;
 pub mod job;
 pub mod media;
 pub mod memory;

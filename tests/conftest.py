@@ -38,16 +38,25 @@ def python(*arguments) -> None:
     subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
+NETS = ("plain", "small", "union", "union8")
+
+
 @pytest.fixture(scope="session")
 def test_models() -> dict[str, Path]:
-    """Two random tiny models that differ in every way a configuration can, and `graphs` for both in float32."""
-    models = {"default": TEST_MODELS / "default", "second": TEST_MODELS / "second"}
+    """Two random tiny models that differ in every way a configuration can, one for inpainting, the ControlNets of each
+    beside it (`default-plain`, ...), and `graphs` for all of them in float32."""
+    variants = ("default", "second", "inpaint")
+    models = {name: TEST_MODELS / name for name in variants}
     script = ROOT / "torchscript" / "tiny_models.py"
-    for name, folder in models.items():
-        index = folder / "model_index.json"
-        if not index.exists() or index.stat().st_mtime < script.stat().st_mtime:
-            python(script, "--out", folder, "--variant", name)
+    wanted = {folder: ("--variant", name) for name, folder in models.items()}
+    nets = {"default": NETS, "second": NETS, "inpaint": ("plain",)}
+    for variant, names in nets.items():
+        wanted |= {TEST_MODELS / f"{variant}-{net}": ("--variant", variant, "--controlnet", net) for net in names}
+    for folder, options in wanted.items():
+        made = next(folder.glob("*.json"), folder / "none")
+        if not made.exists() or made.stat().st_mtime < script.stat().st_mtime:
+            python(script, "--out", folder, *options)
     graphs = TEST_MODELS / "graphs"
-    chosen = [argument for folder in models.values() for argument in ("--model", folder)]
+    chosen = [argument for folder in wanted for argument in ("--model", folder)]
     python(ROOT / "torchscript" / "export.py", *chosen, "--dtype", "float32", "--out", graphs)
     return models | {"graphs": graphs}

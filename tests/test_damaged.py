@@ -354,7 +354,7 @@ def test_a_scheduler_class_that_nobody_knows_is_named_with_those_that_are(place:
 
 
 def test_a_unet_for_another_task_is_refused_by_name(place: Place):
-    edit_json(place.model / "unet" / "config.json", in_channels=9)
+    edit_json(place.model / "unet" / "config.json", in_channels=8)
     error = place.fails(3, "unsupported_model")
     assert "in_channels" in error["message"]
 
@@ -416,8 +416,13 @@ REQUESTS = {
     "a width that is no multiple of 8": ({"width": 100}, "not_a_multiple", "width", "96"),
     "an empty prompt": ({"prompt": "  \n"}, "empty_prompt", "prompt", "describe"),
     "an unknown field": ({"promt": "x"}, "unknown_field", "promt", "`prompt`"),
-    "an image": ({"image": "data:image/png;base64,AAAA"}, "unsupported_feature", "image", "leave"),
-    "controlnets": ({"controlnets": [{"image": "x"}]}, "unsupported_feature", "controlnets", "leave"),
+    "a picture that is none": ({"image": "data:image/png;base64,AAAA", "strength": 1}, "image_format", "image", "PNG"),
+    "a control without a net": (
+        {"controlnets": [{"image": "x"}]},
+        "controlnet_not_available",
+        "controlnets[0].model",
+        "--controlnet",
+    ),
     "loras": ({"loras": [{"name": "x"}]}, "unsupported_feature", "loras", "leave"),
     "a refiner": ({"refiner": {}}, "unsupported_feature", "refiner", "leave"),
 }

@@ -13,7 +13,12 @@ from graphs import Graph, Size, Tensors
 from tracing import all_nodes, example, fill, is_tensor_constant, packed, trace
 
 # None is the traced size; 5x11 and 7x10 latents are multiples of 8 pixels and not of 32.
-SIZES = (Size(1, 8, 8), Size(3, 5, 11), Size(2, 7, 10, tokens=154))
+SIZES = (
+    Size(1, 8, 8, conditions=1),
+    Size(3, 5, 11, conditions=3),
+    Size(2, 7, 10, tokens=154, conditions=5),
+    Size(1, 6, 5, conditions=2),
+)
 
 # Operators that make a tensor from nothing: where they put it was decided by the machine that traced.
 FACTORIES = {"arange", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "scalar_tensor", "tensor", "zeros"}
@@ -52,7 +57,11 @@ def equals_eager(kind: type[Graph], config: Config, dtype: str) -> None:
     answers, to the bit, at sizes and batches that were not traced."""
     torch.manual_seed(0)
     small = kind.shrink(config)
-    reference = kind.eager(small).eval().requires_grad_(False).to(getattr(torch, dtype))
+    reference = kind.eager(small).eval().requires_grad_(False)
+    for parameter in reference.parameters():
+        if not parameter.any():  # a zero convolution would hide all that comes before it
+            parameter.normal_(std=0.1)
+    reference = reference.to(getattr(torch, dtype))
     traced = trace(kind, small, dtype)
     fill(traced, {kind.hub_name(name): parameter for name, parameter in reference.named_parameters()})
     graph = torch.jit.load(io.BytesIO(packed(traced)), map_location="cpu")

@@ -80,6 +80,38 @@ SHAPE_KEYS: dict[str, Config] = {
         "mid_block_only_cross_attention": None,
         "cross_attention_norm": None,
     },
+    "ControlNetModel": {
+        "in_channels": 4,
+        "conditioning_channels": 3,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+        "only_cross_attention": False,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "layers_per_block": 2,
+        "downsample_padding": 1,
+        "mid_block_scale_factor": 1,
+        "act_fn": "silu",
+        "norm_num_groups": 32,
+        "norm_eps": 1e-05,
+        "cross_attention_dim": 1280,
+        "transformer_layers_per_block": 1,
+        "encoder_hid_dim": None,
+        "encoder_hid_dim_type": None,
+        "attention_head_dim": 8,
+        "num_attention_heads": None,
+        "use_linear_projection": False,
+        "class_embed_type": None,
+        "addition_embed_type": None,
+        "addition_time_embed_dim": None,
+        "num_class_embeds": None,
+        "upcast_attention": False,
+        "resnet_time_scale_shift": "default",
+        "projection_class_embeddings_input_dim": None,
+        "controlnet_conditioning_channel_order": "rgb",
+        "conditioning_embedding_out_channels": [16, 32, 96, 256],
+        "global_pool_conditions": False,
+    },
     "AutoencoderKL": {
         "in_channels": 3,
         "out_channels": 3,
@@ -96,12 +128,23 @@ SHAPE_KEYS: dict[str, Config] = {
     },
 }
 SHAPE_KEYS["CLIPTextModelWithProjection"] = SHAPE_KEYS["CLIPTextModel"] | {"projection_dim": 512}
+SHAPE_KEYS["ControlNetUnionModel"] = SHAPE_KEYS["ControlNetModel"] | {
+    "conditioning_embedding_out_channels": [48, 96, 192, 384],
+    "num_control_type": 6,
+    "num_trans_channel": 320,
+    "num_trans_head": 8,
+    "num_trans_layer": 1,
+    "num_proj_channel": 320,
+}
+SHAPE_KEYS["ControlNetModel"]["mid_block_type"] = "UNetMidBlock2DCrossAttn"  # a union net knows no other
 
 # The graphs made of each class.
 COMPONENTS: dict[str, tuple[str, ...]] = {
     "CLIPTextModel": ("text_encoder",),
     "CLIPTextModelWithProjection": ("text_encoder_2",),
-    "UNet2DConditionModel": ("unet",),
+    "UNet2DConditionModel": ("unet", "unet_control"),
+    "ControlNetModel": ("controlnet_embed", "controlnet"),
+    "ControlNetUnionModel": ("controlnet_union_embed", "controlnet_union"),
     "AutoencoderKL": ("vae_decoder", "vae_encoder"),
 }
 
@@ -175,7 +218,20 @@ def read_model(folder: Path) -> list[tuple[str, Config]]:
 def read_component(folder: Path) -> tuple[str, Config]:
     config = read_json(folder / "config.json")
     architectures = config.get("architectures") or [""]  # transformers' name for what diffusers calls _class_name
-    return config.get("_class_name") or architectures[0], config
+    name = config.get("_class_name") or architectures[0]
+    return "ControlNetUnionModel" if name == "ControlNetModel" and is_union(folder, config) else name, config
+
+
+def is_union(folder: Path, config: Config) -> bool:
+    """Whether what calls itself a ControlNetModel is a union net, as those do that are older than diffusers' class for
+    them. The number of types tells it or, where the configuration leaves that out, a name in a weight file's header."""
+    if "num_control_type" in config:
+        return True
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            if b'"task_embedding"' in file.read(2**20):
+                return True
+    return False
 
 
 def jobs(models: list[tuple[str, Config]], dtypes: list[str]) -> list[Job]:

@@ -9,6 +9,7 @@ Adds to the manifest that is in the folder. A graph that is already there, made 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import sys
 import time
 from pathlib import Path
@@ -91,6 +92,15 @@ def run(options: argparse.Namespace) -> None:
         except ExportError as error:
             raise ExportError(f"{job.component} ({job.dtype}): {error}") from error
         print(f"{job.file:<44} {size / 1e6:6.2f} MB {time.monotonic() - start:6.1f} s", flush=True)
+        trim_memory()
+
+
+def trim_memory() -> None:
+    """Gives freed memory back to the system. glibc keeps it in pieces, and a full-size set would need half as much
+    again."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
 
 
 def main(arguments: list[str] | None = None) -> int:

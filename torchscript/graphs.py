@@ -5,10 +5,13 @@ parameters carry the names of the Hub's files, plus what the export must know ab
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.controlnets.controlnet import ControlNetModel
+from diffusers.models.controlnets.controlnet_union import ControlNetUnionModel
 from diffusers.models.embeddings import Timesteps
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
@@ -27,8 +30,8 @@ Tensors = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output. Named dimensions differ from call to call: B batch, h and w latent size, T tokens; `8h` is
-    eight times h."""
+    """An input or output. Named dimensions differ from call to call: B batch, h and w latent size, T tokens, n control
+    images; `8h` is eight times h, and `h/2` half of h, rounded up."""
 
     name: str
     dtype: str
@@ -43,12 +46,14 @@ class Size:
     height: int
     width: int
     tokens: int = TOKENS
+    conditions: int = 2
 
     def of(self, dimension: str | int) -> int:
         if isinstance(dimension, int):
             return dimension
-        sizes = {"B": self.batch, "h": self.height, "w": self.width, "T": self.tokens}
-        return int(dimension[:-1] or 1) * sizes[dimension[-1]]
+        sizes = {"B": self.batch, "h": self.height, "w": self.width, "T": self.tokens, "n": self.conditions}
+        times, name, parts = re.fullmatch(r"(\d*)(\w)(?:/(\d+))?", dimension).groups()
+        return math.ceil(int(times or 1) * sizes[name] / int(parts or 1))
 
 
 class BufferedTimesteps(nn.Module):
@@ -70,6 +75,12 @@ class BufferedTimesteps(nn.Module):
         parts = [torch.sin(angles), torch.cos(angles)]
         return torch.cat(parts[::-1] if self.flip_sin_to_cos else parts, dim=-1)
 
+    @classmethod
+    def replace_in(cls, module: nn.Module) -> None:
+        for name, child in list(module.named_children()):
+            if isinstance(child, Timesteps):
+                setattr(module, name, cls(child))
+
 
 class Graph(nn.Module):
     """Base of the kinds. An instance wraps one eager module and is what gets traced."""
@@ -83,13 +94,13 @@ class Graph(nn.Module):
         super().__init__()
 
     def adopt(self, module: nn.Module, *names: str) -> None:
-        """Registers the module's children under their own names, so that parameter names have no prefix of ours; the
-        module itself stays out of sight of torch."""
+        """Registers the module's children (and its own parameters, when no names are given) under their own names, so
+        that parameter names have no prefix of ours; the module itself stays out of sight of torch."""
         self.__dict__["wrapped"] = module
-        for name in names or dict(module.named_children()):
+        for name in names or (*dict(module.named_children()), *dict(module.named_parameters(recurse=False))):
             child = getattr(module, name)
             if child is not None:
-                self.add_module(name, child)
+                setattr(self, name, child)
 
     @classmethod
     def eager(cls, config: Config) -> nn.Module:
@@ -222,36 +233,14 @@ class TextEncoder2(TextGraph):
         return self.text_projection(pooled)
 
 
-class UNet(Graph):
-    """One denoising step: latents, their noise level and the conditions -> predicted noise (or v, or sample)."""
+def require(config: Config, needed: Config) -> None:
+    for key, value in needed.items():
+        if config[key] != value:
+            raise ExportError(f"{key} is {config[key]!r}; only {value!r} can be exported")
 
-    component = "unet"
-    class_name = "UNet2DConditionModel"
-    defaults_of = UNet2DConditionModel
 
-    def __init__(self, module: UNet2DConditionModel) -> None:
-        super().__init__(module)
-        module.time_proj = BufferedTimesteps(module.time_proj)
-        module.add_time_proj = BufferedTimesteps(module.add_time_proj)
-        self.adopt(module)
-
-    def forward(
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor, time_ids: Tensor
-    ) -> Tensors:
-        return self.reference(self.wrapped, sample, timestep, encoder_hidden_states, text_embeds, time_ids)
-
-    @classmethod
-    def eager(cls, config: Config) -> nn.Module:
-        for key, needed in (("addition_embed_type", "text_time"), ("time_cond_proj_dim", None)):
-            if config[key] != needed:
-                raise ExportError(f"unet: {key} is {config[key]!r}; only {needed!r} can be exported")
-        return UNet2DConditionModel.from_config(config)
-
-    @classmethod
-    def reference(cls, module: nn.Module, *inputs: Tensor) -> Tensors:
-        sample, timestep, encoder_hidden_states, text_embeds, time_ids = inputs
-        conditions = {"text_embeds": text_embeds, "time_ids": time_ids}
-        return module(sample, timestep, encoder_hidden_states, added_cond_kwargs=conditions, return_dict=False)
+class Denoiser(Graph):
+    """Base of the UNet and of the nets that control it: they share their first inputs and the shapes of the skips."""
 
     @classmethod
     def inputs(cls, config: Config, dtype: str) -> list[Port]:
@@ -265,8 +254,24 @@ class UNet(Graph):
         ]
 
     @classmethod
-    def outputs(cls, config: Config, dtype: str) -> list[Port]:
-        return [Port("noise_pred", dtype, ["B", config["out_channels"], "h", "w"])]
+    def residuals(cls, config: Config, dtype: str) -> list[Port]:
+        """What a control net adds to the UNet: one tensor for each skip, `down_0` to the deepest, then `mid`."""
+        channels = config["block_out_channels"]
+        layers = config["layers_per_block"]
+        layers = layers if isinstance(layers, list) else [layers] * len(channels)
+        skips = [(channels[0], 0)]
+        for level, width in enumerate(channels):
+            skips += [(width, level)] * layers[level]
+            if level + 1 < len(channels):
+                skips.append((width, level + 1))
+        names = [f"down_{index}" for index in range(len(skips))]
+        places = zip([*names, "mid"], [*skips, (channels[-1], len(channels) - 1)])
+        return [Port(name, dtype, ["B", width, *cls.size_at(config, level)]) for name, (width, level) in places]
+
+    @classmethod
+    def size_at(cls, config: Config, level: int) -> list[str | int]:
+        """Height and width of a level, each half of the one above, rounded up."""
+        return [f"h/{2**level}", f"w/{2**level}"] if level else ["h", "w"]
 
     @classmethod
     def shrink(cls, config: Config) -> Config:
@@ -281,6 +286,257 @@ class UNet(Graph):
             "addition_time_embed_dim": 8,
             "projection_class_embeddings_input_dim": 6 * 8 + 20,
         }
+
+
+class UNet(Denoiser):
+    """One denoising step: latents, their noise level and the conditions -> predicted noise (or v, or sample)."""
+
+    component = "unet"
+    class_name = "UNet2DConditionModel"
+    defaults_of = UNet2DConditionModel
+
+    def __init__(self, module: UNet2DConditionModel) -> None:
+        super().__init__(module)
+        BufferedTimesteps.replace_in(module)
+        self.adopt(module)
+
+    def forward(self, *inputs: Tensor) -> Tensors:
+        return self.reference(self.wrapped, *inputs)
+
+    @classmethod
+    def eager(cls, config: Config) -> nn.Module:
+        require(config, {"addition_embed_type": "text_time", "time_cond_proj_dim": None})
+        return UNet2DConditionModel.from_config(config)
+
+    @classmethod
+    def reference(cls, module: nn.Module, *inputs: Tensor) -> Tensors:
+        sample, timestep, encoder_hidden_states, text_embeds, time_ids, *residuals = inputs
+        return module(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            added_cond_kwargs={"text_embeds": text_embeds, "time_ids": time_ids},
+            down_block_additional_residuals=residuals[:-1] or None,
+            mid_block_additional_residual=residuals[-1] if residuals else None,
+            return_dict=False,
+        )
+
+    @classmethod
+    def outputs(cls, config: Config, dtype: str) -> list[Port]:
+        return [Port("noise_pred", dtype, ["B", config["out_channels"], "h", "w"])]
+
+
+class UNetControl(UNet):
+    """The same step with the residuals of control nets, added up by the caller, as further inputs."""
+
+    component = "unet_control"
+
+    @classmethod
+    def inputs(cls, config: Config, dtype: str) -> list[Port]:
+        return [*super().inputs(config, dtype), *cls.residuals(config, dtype)]
+
+
+class ControlNet(Denoiser):
+    """The UNet's inputs and an embedded control image -> residuals for `unet_control`, not scaled.
+
+    The embedding of the image is `ControlNetEmbed`: it runs once for an image, and this graph once for a step."""
+
+    component = "controlnet"
+    class_name = "ControlNetModel"
+    defaults_of = ControlNetModel
+    parts: tuple[str, ...] = ()  # of the module; none means all
+    needed: Config = {
+        "addition_embed_type": "text_time",
+        "class_embed_type": None,
+        "num_class_embeds": None,
+        "encoder_hid_dim": None,
+        "encoder_hid_dim_type": None,
+    }
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        BufferedTimesteps.replace_in(module)
+        self.adopt(module, *self.parts)
+
+    def forward(self, *inputs: Tensor) -> Tensors:
+        return self.reference(self.wrapped, *inputs)
+
+    @classmethod
+    def eager(cls, config: Config) -> nn.Module:
+        """The library's module, but for the embedding: the condition comes embedded."""
+        require(config, cls.needed)
+        # What "bgr" turns around is the image.
+        module = cls.defaults_of.from_config(config | {"controlnet_conditioning_channel_order": "rgb"})
+        module.controlnet_cond_embedding = nn.Identity()
+        return module
+
+    @classmethod
+    def reference(cls, module: nn.Module, *inputs: Tensor) -> Tensors:
+        sample, timestep, encoder_hidden_states, text_embeds, time_ids, condition = inputs
+        conditions = {"text_embeds": text_embeds, "time_ids": time_ids}
+        down, mid = module(
+            sample, timestep, encoder_hidden_states, condition, added_cond_kwargs=conditions, return_dict=False
+        )
+        return (*down, mid)
+
+    @classmethod
+    def condition(cls, config: Config, dtype: str) -> Port:
+        return Port("condition", dtype, ["B", config["block_out_channels"][0], "h", "w"])
+
+    @classmethod
+    def inputs(cls, config: Config, dtype: str) -> list[Port]:
+        return [*super().inputs(config, dtype), cls.condition(config, dtype)]
+
+    @classmethod
+    def outputs(cls, config: Config, dtype: str) -> list[Port]:
+        return cls.residuals(config, dtype)
+
+    @classmethod
+    def size_at(cls, config: Config, level: int) -> list[str | int]:
+        return [1, 1] if config["global_pool_conditions"] else super().size_at(config, level)
+
+    @classmethod
+    def shrink(cls, config: Config) -> Config:
+        embedding = [8 * (index + 1) for index in range(len(config["conditioning_embedding_out_channels"]))]
+        return super().shrink(config) | {"num_attention_heads": None, "conditioning_embedding_out_channels": embedding}
+
+
+class ControlNetEmbed(ControlNet):
+    """Control image in [0, 1] -> embedded condition of the latents' size."""
+
+    component = "controlnet_embed"
+    parts = ("controlnet_cond_embedding",)
+
+    @classmethod
+    def eager(cls, config: Config) -> nn.Module:
+        require(config, cls.needed)
+        return cls.defaults_of.from_config(config)
+
+    @classmethod
+    def reference(cls, module: nn.Module, *inputs: Tensor) -> Tensors:
+        (image,) = inputs
+        if module.config.controlnet_conditioning_channel_order == "bgr":
+            image = image.flip(1)
+        return (module.controlnet_cond_embedding(image),)
+
+    @classmethod
+    def inputs(cls, config: Config, dtype: str) -> list[Port]:
+        factor = 2 ** (len(config["conditioning_embedding_out_channels"]) - 1)
+        return [Port("image", dtype, ["B", config["conditioning_channels"], f"{factor}h", f"{factor}w"])]
+
+    @classmethod
+    def outputs(cls, config: Config, dtype: str) -> list[Port]:
+        return [cls.condition(config, dtype)]
+
+
+def scaled(tensor: Tensor, scale: Tensor) -> Tensor:
+    """The product with a number that is a float32 tensor, rounded once, as torch multiplies by a Python number."""
+    return (tensor.float() * scale).to(tensor.dtype)
+
+
+@torch.jit.script
+def fused(start: Tensor, conditions: Tensor, tokens: Tensor, scales: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """start [B,C,h,w] + the conditions [n,B,C,h,w], each shifted by what its token, of tokens [B,n+1,C], projects to.
+    A loop in the graph: n is free, and the sums round in diffusers' order."""
+    for index in range(conditions.size(0)):
+        shift = torch.nn.functional.linear(tokens[:, index], weight, bias)[:, :, None, None]
+        scale = scales[index]
+        start = start + (scaled(conditions[index], scale) + scaled(shift, scale))
+    return start
+
+
+class ControlNetUnion(ControlNet):
+    """The UNet's inputs and n embedded control images, each with its type and scale -> residuals for `unet_control`.
+
+    As diffusers does for two images and more, a scale multiplies its condition; the residuals are not scaled. For one
+    image diffusers scales the residuals: give 1 here, and scale them outside."""
+
+    component = "controlnet_union"
+    class_name = "ControlNetUnionModel"
+    defaults_of = ControlNetUnionModel
+    needed = ControlNet.needed | {"controlnet_conditioning_channel_order": "rgb"}
+
+    def forward(self, *inputs: Tensor) -> Tensors:
+        sample, timestep, encoder_hidden_states, text_embeds, time_ids, *control = inputs
+        conditions, task_ids, control_type, scales = control
+        batch, dtype = sample.shape[0], sample.dtype
+
+        types = self.control_type_proj(control_type.flatten()).reshape(batch, -1)
+        times = self.add_time_proj(time_ids.flatten()).reshape(batch, -1)
+        embedding = self.time_embedding(self.time_proj(timestep).to(dtype))
+        embedding = embedding + self.control_add_embedding(types.to(dtype))
+        embedding = embedding + self.add_embedding(torch.cat([text_embeds, times], dim=-1).to(dtype))
+
+        sample = self.conv_in(sample)
+        sample = sample + self.fuse(sample, conditions, task_ids, scales)
+
+        skips = (sample,)
+        for block in self.down_blocks:
+            text = {"encoder_hidden_states": encoder_hidden_states} if hasattr(block, "attentions") else {}
+            sample, more = block(sample, embedding, **text)
+            skips += more
+        sample = self.mid_block(sample, embedding, encoder_hidden_states=encoder_hidden_states)
+        residuals = [convolution(skip) for convolution, skip in zip(self.controlnet_down_blocks, skips)]
+        residuals.append(self.controlnet_mid_block(sample))
+        if self.wrapped.config.global_pool_conditions:
+            residuals = [residual.mean((2, 3), keepdim=True) for residual in residuals]
+        return tuple(residuals)
+
+    def fuse(self, sample: Tensor, conditions: Tensor, task_ids: Tensor, scales: Tensor) -> Tensor:
+        """One token for each condition and one for the sample attend to each other; what becomes of them shifts the
+        channels of the conditions, which are then added up to [B,C,h,w]."""
+        tokens = conditions.mean((3, 4)) + self.task_embedding[task_ids][:, None]
+        tokens = scaled(tokens, scales[:, None, None]).transpose(0, 1)
+        tokens = torch.cat([tokens, sample.mean((2, 3))[:, None]], dim=1)
+        for layer in self.transformer_layes:
+            tokens = layer(tokens)
+        project = self.spatial_ch_projs
+        return fused(sample * 0.0, conditions, tokens, scales, project.weight, project.bias)
+
+    @classmethod
+    def reference(cls, module: nn.Module, *inputs: Tensor) -> Tensors:
+        sample, timestep, encoder_hidden_states, text_embeds, time_ids, *control = inputs
+        conditions, task_ids, control_type, scales = control
+        down, mid = module(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            list(conditions),
+            control_type,
+            task_ids.tolist(),
+            conditioning_scale=scales.tolist(),
+            added_cond_kwargs={"text_embeds": text_embeds, "time_ids": time_ids},
+            return_dict=False,
+        )
+        return (*down, mid)
+
+    @classmethod
+    def inputs(cls, config: Config, dtype: str) -> list[Port]:
+        *shared, condition = super().inputs(config, dtype)
+        return [
+            *shared,
+            Port("conditions", dtype, ["n", *condition.shape]),
+            Port("task_ids", "int64", ["n"]),
+            Port("control_type", dtype, ["B", config["num_control_type"]]),
+            Port("scales", "float32", ["n"]),
+        ]
+
+    @classmethod
+    def shrink(cls, config: Config) -> Config:
+        small = super().shrink(config)
+        width = small["block_out_channels"][0]
+        layers = few(config["num_trans_layer"], 2)
+        trans = {"num_trans_channel": width, "num_trans_head": 2, "num_trans_layer": layers, "num_proj_channel": width}
+        return small | trans
+
+
+class ControlNetUnionEmbed(ControlNetEmbed):
+    """Control image in [0, 1] -> embedded condition of the latents' size, whatever the image's type."""
+
+    component = "controlnet_union_embed"
+    class_name = "ControlNetUnionModel"
+    defaults_of = ControlNetUnionModel
+    needed = ControlNetUnion.needed
 
 
 class Vae(Graph):
@@ -360,5 +616,17 @@ class VaeEncoder(Vae):
 
 
 KINDS: dict[str, type[Graph]] = {
-    kind.component: kind for kind in (TextEncoder, TextEncoder2, UNet, VaeDecoder, VaeEncoder)
+    kind.component: kind
+    for kind in (
+        TextEncoder,
+        TextEncoder2,
+        UNet,
+        UNetControl,
+        ControlNetEmbed,
+        ControlNet,
+        ControlNetUnionEmbed,
+        ControlNetUnion,
+        VaeDecoder,
+        VaeEncoder,
+    )
 }

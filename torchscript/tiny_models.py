@@ -1,9 +1,11 @@
 """Writes a small SDXL of random weights in the Hub's file layout, the same bytes from the same script every time.
 
-    python torchscript/tiny_models.py --out models/tiny [--variant default|second]
+    python torchscript/tiny_models.py --out models/tiny [--variant default|second|inpaint]
+    python torchscript/tiny_models.py --out models/net --controlnet plain|small|union|union8 [--variant default|second]
 
 `default` is the model the worker starts with when nobody names one. `second` is a different architecture in different
-files (sharded, `variant` names, other key prefix), so that tests do not rest on one configuration.
+files (sharded, `variant` names, other key prefix), so that tests do not rest on one configuration. `inpaint` is
+`default` with a UNet that also takes a mask and a masked image. With `--controlnet` it is a control net for the model.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import math
 import shutil
 import zlib
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -192,7 +196,57 @@ VARIANTS: dict[str, Variant] = {
         unet_shards=3,
         real_eos_id=True,
     ),
+    "inpaint": Variant(unet=UNET | {"in_channels": 9}),
 }
+
+# What a control net copies from the configuration of the UNet that it is for.
+SHARED_KEYS = (
+    "act_fn",
+    "addition_embed_type",
+    "addition_time_embed_dim",
+    "attention_head_dim",
+    "block_out_channels",
+    "cross_attention_dim",
+    "down_block_types",
+    "downsample_padding",
+    "flip_sin_to_cos",
+    "freq_shift",
+    "layers_per_block",
+    "mid_block_scale_factor",
+    "norm_eps",
+    "norm_num_groups",
+    "projection_class_embeddings_input_dim",
+    "transformer_layers_per_block",
+    "upcast_attention",
+    "use_linear_projection",
+)
+
+CONTROLNETS = ("plain", "small", "union", "union8")
+
+
+def controlnet_config(kind: str, unet: dict[str, Any]) -> dict[str, Any]:
+    """`plain` is as deep as the UNet, `small` has no transformers but at the bottom, a union net has 6 or 8 types."""
+    config = {key: unet[key] for key in SHARED_KEYS} | {
+        "_class_name": "ControlNetModel",
+        "conditioning_channels": 3,
+        "conditioning_embedding_out_channels": [16, 24, 32, 40],  # a factor of 8, as the VAE
+        "controlnet_conditioning_channel_order": "rgb",
+        "global_pool_conditions": False,
+        "in_channels": 4,
+    }
+    width, levels = unet["block_out_channels"][0], len(unet["block_out_channels"])
+    if kind == "small":
+        config["transformer_layers_per_block"] = [0] * (levels - 1) + [1]
+    if kind.startswith("union"):
+        config |= {
+            "_class_name": "ControlNetUnionModel",
+            "num_control_type": 8 if kind == "union8" else 6,
+            "num_proj_channel": width,
+            "num_trans_channel": width,
+            "num_trans_head": 4,
+            "num_trans_layer": 1,
+        }
+    return config
 
 
 def byte_symbols() -> list[str]:
@@ -287,6 +341,8 @@ def gain(name: str) -> float:
         return 1.8
     if "text_projection" in name:
         return 1.5
+    if "controlnet_cond_embedding" in name:
+        return 2.0  # seven SiLU in a row, and near 0 each of them halves
     return 1.0
 
 
@@ -355,13 +411,43 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_model(out: Path, variant: Variant) -> None:
-    """Writes the whole folder. Built beside `out` and renamed, so that a broken run leaves nothing half-written."""
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` that takes its place at the end, so that a broken run leaves nothing half-written."""
     temporary = out.with_name(out.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    yield temporary
+    shutil.rmtree(out, ignore_errors=True)
+    temporary.rename(out)
 
-    vocab_size = write_tokenizers(temporary, learn_merges(CORPUS, MERGES))
+
+def write_controlnet(out: Path, kind: str, variant: Variant) -> None:
+    """Writes a control net for the variant's UNet, as the Hub has it."""
+    import diffusers
+    import torch
+
+    config = controlnet_config(kind, variant.unet)
+    with torch.device("meta"):
+        module = getattr(diffusers, config["_class_name"]).from_config(config)
+    tensors = {
+        name: random_tensor(f"{kind}.{name}", tuple(parameter.shape))
+        for name, parameter in module.named_parameters()
+    }
+    with replacing(out) as folder:
+        write_json(folder / "config.json", config)
+        write_weights(folder / "diffusion_pytorch_model.safetensors", tensors)
+
+
+def write_model(out: Path, variant: Variant) -> None:
+    """Writes the whole folder of a pipeline."""
+    with replacing(out) as folder:
+        write_components(folder, variant)
+
+
+def write_components(out: Path, variant: Variant) -> None:
+    """Writes every file of a pipeline into a folder that is there."""
+    vocab_size = write_tokenizers(out, learn_merges(CORPUS, MERGES))
     text_2 = variant.text_encoder_2 | ({"eos_token_id": vocab_size - 1} if variant.real_eos_id else {})
     configs = {
         "unet": variant.unet,
@@ -370,7 +456,7 @@ def write_model(out: Path, variant: Variant) -> None:
         "text_encoder_2": text_2 | {"vocab_size": vocab_size},
     }
     for component, shapes in parameter_shapes(variant, vocab_size).items():
-        folder = temporary / component
+        folder = out / component
         write_json(folder / "config.json", configs[component])
         tensors = {
             hub_name(component, name, variant.text_prefix): random_tensor(f"{component}.{name}", shape)
@@ -383,9 +469,9 @@ def write_model(out: Path, variant: Variant) -> None:
         else:
             write_weights(folder / "diffusion_pytorch_model.safetensors", tensors)
 
-    write_json(temporary / "scheduler" / "scheduler_config.json", variant.scheduler)
+    write_json(out / "scheduler" / "scheduler_config.json", variant.scheduler)
     write_json(
-        temporary / "model_index.json",
+        out / "model_index.json",
         {
             "_class_name": "StableDiffusionXLPipeline",
             "_diffusers_version": "0.19.0.dev0",
@@ -400,18 +486,22 @@ def write_model(out: Path, variant: Variant) -> None:
             "vae": ["diffusers", "AutoencoderKL"],
         },
     )
-    shutil.rmtree(out, ignore_errors=True)
-    temporary.rename(out)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the model; replaced if it exists")
     parser.add_argument("--variant", choices=sorted(VARIANTS), default="default")
+    parser.add_argument("--controlnet", choices=CONTROLNETS, help="a control net for the variant, in place of a model")
     arguments = parser.parse_args()
-    write_model(arguments.out, VARIANTS[arguments.variant])
+    variant = VARIANTS[arguments.variant]
+    if arguments.controlnet:
+        write_controlnet(arguments.out, arguments.controlnet, variant)
+    else:
+        write_model(arguments.out, variant)
     size = sum(file.stat().st_size for file in arguments.out.rglob("*.safetensors"))
-    print(f"{arguments.out}: {arguments.variant}, {size / 1e6:.1f} MB of weights")
+    what = " for ".join(filter(None, (arguments.controlnet, arguments.variant)))
+    print(f"{arguments.out}: {what}, {size / 1e6:.1f} MB of weights")
 
 
 if __name__ == "__main__":

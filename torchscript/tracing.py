@@ -47,6 +47,7 @@ def trace(kind: type[Graph], config: Config, dtype: str) -> torch.jit.ScriptModu
     for module in traced.modules():
         if module._c._has_method("forward"):
             inline_numbers(module.graph)
+            drop_no_ops(module.graph)
             if run_in != dtype:
                 rename_dtype(module.graph, run_in, dtype)
     if run_in != dtype:
@@ -93,6 +94,12 @@ def example(kind: type[Graph], config: Config, dtype: str, size: Size = TRACED) 
             tensor = torch.rand(shape, generator=generator) * 999
         elif port.name == "time_ids":
             tensor = torch.randint(0, 1024, shape, generator=generator)
+        elif port.name == "task_ids":
+            tensor = torch.randint(0, config["num_control_type"], shape, generator=generator)
+        elif port.name == "control_type":
+            tensor = torch.randint(0, 2, shape, generator=generator)
+        elif port.name == "scales":  # a single condition is not scaled inside
+            tensor = torch.rand(shape, generator=generator) * 2 if size.conditions > 1 else torch.ones(shape)
         else:
             tensor = torch.randn(shape, generator=generator)
         tensors.append(tensor.to(getattr(torch, port.dtype)))
@@ -113,6 +120,26 @@ def inline_numbers(graph: torch._C.Graph) -> None:
             number.insertBefore(node)
             node.output().replaceAllUsesWith(number.output())
             node.destroy()
+
+
+def drop_no_ops(graph: torch._C.Graph) -> None:
+    """Removes products and quotients of a floating tensor and the constant 1 (`rescale_output_factor` and its like): as
+    operators they copy the tensor."""
+    for node in list(all_nodes(graph)):
+        if node.kind() in ("aten::mul", "aten::div") and node.inputsSize() == 2:
+            tensor, factor = node.inputs()
+            number = factor.toIValue()  # None when it is no constant
+            if isinstance(number, (int, float)) and number == 1 and is_floating(tensor) and is_floating(node.output()):
+                node.output().replaceAllUsesWith(tensor)
+                node.destroy()
+
+
+def is_floating(value: torch._C.Value) -> bool:
+    """Whether it is a tensor of floating dtype, as far as the graph says: the result of a submodule has no dtype."""
+    if not value.type().isSubtypeOf(torch._C.TensorType.get()):
+        return False
+    dtype = value.type().dtype()
+    return dtype is None or dtype.is_floating_point
 
 
 def is_tensor_constant(node: torch._C.Node) -> bool:

@@ -3,6 +3,7 @@
 
 use serde_json::{Value, json};
 
+use super::control::{ControlParams, ScaleMode, fingerprint};
 use super::scheduler_kind::SchedulerKind;
 
 /// One valid request for one or several images that differ in their seed.
@@ -39,6 +40,10 @@ pub struct GenerateParams {
     pub negative_original_size: Option<[u32; 2]>,
     pub negative_crops_coords_top_left: Option<[u32; 2]>,
     pub negative_target_size: Option<[u32; 2]>,
+    /// The picture to start from; without one it is text to image.
+    pub init: Option<InitParams>,
+    pub controls: Vec<ControlParams>,
+    pub scale_mode: ScaleMode,
     pub output_format: OutputFormat,
     /// 0 to 100; PNG has none.
     pub output_quality: u8,
@@ -46,6 +51,26 @@ pub struct GenerateParams {
     pub response_format: ResponseFormat,
     /// Steps from one preview to the next; 0 makes none.
     pub preview_every: usize,
+}
+
+/// Image to image, or inpainting where there is a mask.
+#[derive(Debug, Clone, PartialEq)]
+pub struct InitParams {
+    /// SHA-256 of the picture's file, for the record.
+    pub image: String,
+    /// How much of the picture is made anew; the share of the steps that are run.
+    pub strength: f64,
+    pub mask: Option<MaskParams>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct MaskParams {
+    /// SHA-256 of the mask's file, for the record.
+    pub image: String,
+    /// Radius of a Gaussian blur of the mask, in its pixels; 0 leaves it as it is.
+    pub blur: f64,
+    /// Work only on the masked part and this many pixels around it, and paste the result into the picture.
+    pub padding_crop: Option<u32>,
 }
 
 /// The curve of the noise levels.
@@ -128,12 +153,16 @@ pub fn effective_request(params: &GenerateParams, scheduler: SchedulerKind, mode
         negative_original_size,
         negative_crops_coords_top_left,
         negative_target_size,
+        init,
+        controls,
+        scale_mode,
         output_format,
         output_quality,
         embed_metadata,
         preview_every: _,
         response_format: _, // how the picture travelled says nothing about the picture
     } = params;
+    let mask = init.as_ref().and_then(|init| init.mask.as_ref());
     let mut request = json!({
         "prompt": prompt,
         "prompt_2": prompt_2,
@@ -157,6 +186,13 @@ pub fn effective_request(params: &GenerateParams, scheduler: SchedulerKind, mode
         "negative_original_size": negative_original_size,
         "negative_crops_coords_top_left": negative_crops_coords_top_left,
         "negative_target_size": negative_target_size,
+        "image": init.as_ref().map(|init| fingerprint(&init.image)),
+        "strength": init.as_ref().map(|init| init.strength),
+        "mask_image": mask.map(|mask| fingerprint(&mask.image)),
+        "mask_blur": mask.map(|mask| mask.blur),
+        "padding_mask_crop": mask.and_then(|mask| mask.padding_crop),
+        "controlnets": some_list(controls.iter().map(ControlParams::to_json).collect()),
+        "scale_mode": (!controls.is_empty()).then(|| scale_mode.name()),
         "output_format": output_format.name(),
         "output_quality": output_quality,
         "embed_metadata": embed_metadata,
@@ -165,4 +201,9 @@ pub fn effective_request(params: &GenerateParams, scheduler: SchedulerKind, mode
         fields.retain(|_, value| !value.is_null());
     }
     request
+}
+
+/// `None` for an empty list, which says nothing.
+fn some_list(list: Vec<Value>) -> Option<Vec<Value>> {
+    (!list.is_empty()).then_some(list)
 }

@@ -56,6 +56,11 @@ impl Timings {
         }
     }
 
+    /// Adds the phases that ran after these.
+    pub fn extend(&mut self, later: Timings) {
+        self.0.extend(later.0);
+    }
+
     pub fn iter(&self) -> impl Iterator<Item = (&'static str, f64)> + '_ {
         self.0.iter().copied()
     }

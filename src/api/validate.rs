@@ -3,7 +3,8 @@
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 
-use super::params::{GenerateParams, OutputFormat, ResponseFormat, SigmaSchedule};
+use super::control::{ControlNetFacts, ScaleMode, controls};
+use super::params::{GenerateParams, InitParams, MaskParams, OutputFormat, ResponseFormat, SigmaSchedule};
 use super::request::GenerateRequest;
 use super::scheduler_kind::SchedulerKind;
 use super::wording::{in_range, invalid_value, shorten, unsupported_feature};
@@ -25,6 +26,22 @@ pub struct Limits {
     pub max_prompt_chars: usize,
     /// Names a request may give as `model`; the default model's among them.
     pub models: Vec<String>,
+    /// The model is one for inpainting, and makes nothing without a picture and a mask.
+    pub needs_mask: bool,
+    /// In the order of their configuration; the first is the default.
+    pub controlnets: Vec<ControlNetFacts>,
+    pub max_controls: usize,
+}
+
+/// What is known of a request's pictures once they are here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PictureFacts {
+    /// Height and width in pixels of `image`, else of the first control's picture.
+    pub size: (u32, u32),
+    /// SHA-256 of the files.
+    pub image: String,
+    pub mask_image: String,
+    pub controls: Vec<String>,
 }
 
 impl Default for Limits {
@@ -39,6 +56,9 @@ impl Default for Limits {
             default_scheduler: SchedulerKind::EulerDiscrete,
             max_prompt_chars: 20_000,
             models: Vec::new(),
+            needs_mask: false,
+            controlnets: Vec::new(),
+            max_controls: 8,
         }
     }
 }
@@ -53,21 +73,25 @@ const MAX_CONDITIONING_SIZE: i64 = 65_536;
 /// The smaller text encoder has 12 layers, of which the last is never used.
 const MAX_CLIP_SKIP: i64 = 11;
 
-/// Checks every field against its range and fills in the defaults.
+/// Checks every field against its range and fills in the defaults. To find what is wrong before anything is downloaded it
+/// runs once without `pictures`, whose size then is not known.
 ///
 /// # Errors
 ///
-/// `missing_field`, `empty_prompt`, `out_of_range`, `not_a_multiple`, `invalid_value`, `unknown_scheduler`,
-/// `unsupported_option` (the scheduler has no such option), `unsupported_feature` (this version has not), all
-/// [`ErrorClass::InvalidInput`]; `too_large`, [`ErrorClass::TooLarge`].
-pub fn validate(request: GenerateRequest, limits: &Limits) -> Result<GenerateParams> {
+/// `missing_field`, `empty_prompt`, `out_of_range`, `not_a_multiple`, `invalid_value`, `unknown_mode`,
+/// `unknown_scheduler`, `unsupported_option` (the scheduler has no such option), `unsupported_feature` (this version has
+/// not), all [`ErrorClass::InvalidInput`]; `too_large`, [`ErrorClass::TooLarge`]; `unknown_model`,
+/// `controlnet_not_available`, [`ErrorClass::NotFound`].
+pub fn validate(request: GenerateRequest, limits: &Limits, pictures: Option<&PictureFacts>) -> Result<GenerateParams> {
     let text = |field, text| text_within(field, text, limits.max_prompt_chars);
     let prompt = required_prompt(text("prompt", request.prompt)?)?;
     let prompt_2 = text("prompt_2", request.prompt_2)?;
     let negative_prompt = text("negative_prompt", request.negative_prompt)?;
     let negative_prompt_2 = text("negative_prompt_2", request.negative_prompt_2)?;
 
-    let (height, width) = size(request.height, request.width, limits)?;
+    let picture = if request.image.is_some() { "image" } else { "controlnets[0].image" };
+    let picture_size = pictures.map(|pictures| (picture, pictures.size));
+    let (height, width) = size(request.height, request.width, picture_size, limits)?;
 
     let max_steps = i64::from(limits.max_num_inference_steps);
     let num_inference_steps =
@@ -100,11 +124,16 @@ pub fn validate(request: GenerateRequest, limits: &Limits) -> Result<GeneratePar
     refuse_later_features(&[
         ("timesteps", request.timesteps.is_some_and(|list| !list.is_empty())),
         ("sigmas", request.sigmas.is_some_and(|list| !list.is_empty())),
-        ("image", request.image.is_some()),
-        ("mask_image", request.mask_image.is_some()),
-        ("mask_blur", request.mask_blur.is_some_and(|pixels| pixels != 0.0)),
-        ("padding_mask_crop", request.padding_mask_crop.is_some()),
     ])?;
+    let init = InitRequest {
+        has_image: request.image.is_some(),
+        has_mask: request.mask_image.is_some(),
+        has_controls: !request.controlnets.is_empty(),
+        strength: request.strength,
+        mask_blur: request.mask_blur,
+        padding_mask_crop: request.padding_mask_crop,
+    };
+    let init = init.check(num_inference_steps, limits, pictures)?;
     known_model(request.model, limits)?;
     refuse_later_features(&[
         ("preset", request.preset.is_some()),
@@ -113,11 +142,10 @@ pub fn validate(request: GenerateRequest, limits: &Limits) -> Result<GeneratePar
         ("hires", request.hires.is_some()),
         ("aesthetic_score", request.aesthetic_score.is_some_and(|score| score != 6.0)),
         ("negative_aesthetic_score", request.negative_aesthetic_score.is_some_and(|score| score != 2.5)),
-        ("scale_mode", request.scale_mode.is_some_and(|mode| mode != "diffusers")),
-        ("strength", request.strength.is_some()),
-        ("controlnets", !request.controlnets.is_empty()),
-        ("loras", !request.loras.is_empty()),
     ])?;
+    let scale_mode = request.scale_mode.map_or(Ok(ScaleMode::Diffusers), |name| ScaleMode::from_name(&name))?;
+    let controls = controls(request.controlnets, limits, pictures.map(|pictures| pictures.controls.as_slice()))?;
+    refuse_later_features(&[("loras", !request.loras.is_empty())])?;
 
     let clip_skip = request.clip_skip.map(|layers| in_range("clip_skip", layers, 0..=MAX_CLIP_SKIP)).transpose()?;
     let original_size = pair("original_size", request.original_size)?;
@@ -161,6 +189,9 @@ pub fn validate(request: GenerateRequest, limits: &Limits) -> Result<GeneratePar
         negative_original_size,
         negative_crops_coords_top_left,
         negative_target_size,
+        init,
+        controls,
+        scale_mode,
         output_format,
         output_quality,
         embed_metadata: request.embed_metadata.unwrap_or(true),
@@ -203,10 +234,102 @@ fn too_large(field: &str, message: String) -> Error {
     Error::new(ErrorClass::TooLarge, "too_large", message).field(field)
 }
 
-/// Height and width in pixels.
-fn size(height: Option<i64>, width: Option<i64>, limits: &Limits) -> Result<(u32, u32)> {
-    let width = side("width", width, limits.default_width)?;
-    let height = side("height", height, limits.default_height)?;
+/// The fields that say what happens to a start picture.
+struct InitRequest {
+    has_image: bool,
+    has_mask: bool,
+    has_controls: bool,
+    strength: Option<f64>,
+    mask_blur: Option<f64>,
+    padding_mask_crop: Option<i64>,
+}
+
+/// As far as a blur of a mask makes sense; more is a slow way to a grey one.
+const MAX_MASK_BLUR: f64 = 256.0;
+const MAX_PADDING: i64 = 16_384;
+
+impl InitRequest {
+    fn check(self, steps: usize, limits: &Limits, pictures: Option<&PictureFacts>) -> Result<Option<InitParams>> {
+        let needs = |needed: &str, field: &str| {
+            let message = format!("`{field}` acts on `{needed}`, which is absent");
+            Err(Error::invalid("missing_field", needed, message)
+                .remedy(format!("give `{needed}`, or leave `{field}` out")))
+        };
+        if limits.needs_mask && !(self.has_image && self.has_mask) {
+            let field = if self.has_image { "mask_image" } else { "image" };
+            return Err(Error::invalid("missing_field", field, "this model only repaints pictures")
+                .remedy("give `image` and `mask_image`, or use a text-to-image model"));
+        }
+        if !self.has_image {
+            return match (self.has_mask, self.strength) {
+                (true, _) => needs("image", "mask_image"),
+                (false, Some(_)) => needs("image", "strength"),
+                (false, None) => self.without_mask().map(|()| None),
+            };
+        }
+        let default = match (self.has_mask, self.has_controls) {
+            (true, _) => 0.9999,
+            (false, true) => 0.8,
+            (false, false) => 0.3,
+        };
+        let strength = in_range("strength", self.strength.unwrap_or(default), 0.0..=1.0)?;
+        if (steps as f64 * strength) < 1.0 {
+            let message = format!("a strength of {strength} leaves none of {steps} steps to run");
+            return Err(Error::invalid("out_of_range", "strength", message)
+                .remedy(format!("give `strength` at least {}, or more steps", 1.0 / steps as f64)));
+        }
+        let mask = if self.has_mask {
+            let padding = self.padding_mask_crop.map(|pixels| in_range("padding_mask_crop", pixels, 0..=MAX_PADDING));
+            Some(MaskParams {
+                image: pictures.map(|pictures| pictures.mask_image.clone()).unwrap_or_default(),
+                blur: in_range("mask_blur", self.mask_blur.unwrap_or(0.0), 0.0..=MAX_MASK_BLUR)?,
+                padding_crop: padding.transpose()?.map(|pixels| pixels as u32),
+            })
+        } else {
+            self.without_mask()?;
+            None
+        };
+        let image = pictures.map(|pictures| pictures.image.clone()).unwrap_or_default();
+        Ok(Some(InitParams { image, strength, mask }))
+    }
+
+    /// Without a mask there is nothing that its options could act on.
+    fn without_mask(&self) -> Result<()> {
+        let blur = ("mask_blur", self.mask_blur.is_some_and(|pixels| pixels != 0.0));
+        match [blur, ("padding_mask_crop", self.padding_mask_crop.is_some())].iter().find(|(_, given)| *given) {
+            Some((field, _)) => {
+                let message = format!("`{field}` acts on `mask_image`, which is absent");
+                Err(Error::invalid("missing_field", "mask_image", message)
+                    .remedy(format!("give `mask_image`, or leave `{field}` out")))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// Height and width in pixels. What is not given is that of the picture, named by its field, else the model's own.
+fn size(
+    height: Option<i64>,
+    width: Option<i64>,
+    picture: Option<(&str, (u32, u32))>,
+    limits: &Limits,
+) -> Result<(u32, u32)> {
+    let mut default = (limits.default_height, limits.default_width);
+    if let Some((field, (high, wide))) = picture.filter(|_| height.is_none() || width.is_none()) {
+        default = (high / SIZE_STEP * SIZE_STEP, wide / SIZE_STEP * SIZE_STEP);
+        let fits = |side: u32| (MIN_SIDE..=MAX_SIDE).contains(&side);
+        let remedy = "give `width` and `height`, or a picture of another size";
+        if !(fits(default.0) && fits(default.1)) {
+            let message = format!("the picture is {wide} x {high}; sides are from {MIN_SIDE} to {MAX_SIDE} pixels");
+            return Err(Error::invalid("out_of_range", field, message).remedy(remedy));
+        }
+        if height.is_none() && width.is_none() && u64::from(default.0) * u64::from(default.1) > limits.max_pixels {
+            let message = format!("the picture is {wide} x {high}, more than {} pixels", limits.max_pixels);
+            return Err(too_large(field, message).remedy(remedy));
+        }
+    }
+    let width = side("width", width, default.1)?;
+    let height = side("height", height, default.0)?;
     let pixels = u64::from(width) * u64::from(height);
     if pixels > limits.max_pixels {
         let max = limits.max_pixels;
@@ -271,8 +394,8 @@ fn response_format_from(name: &str) -> Result<ResponseFormat> {
     match name {
         "data_uri" => Ok(ResponseFormat::DataUri),
         "b64_json" => Ok(ResponseFormat::B64Json),
-        "url" => Err(unsupported_feature("response_format", "`response_format` url")),
-        _ => Err(invalid_value("response_format", &["data_uri", "b64_json"], name)),
+        "url" => Ok(ResponseFormat::Url),
+        _ => Err(invalid_value("response_format", &["data_uri", "b64_json", "url"], name)),
     }
 }
 

@@ -17,7 +17,7 @@ fn with(fields: Value) -> Value {
 }
 
 fn check(input: &Value, limits: &Limits) -> Result<GenerateParams> {
-    validate(parse(input)?.0, limits)
+    validate(parse(input)?.0, limits, None)
 }
 
 #[track_caller]
@@ -60,6 +60,9 @@ fn a_prompt_alone_gets_the_contract_s_defaults() {
         negative_original_size: None,
         negative_crops_coords_top_left: None,
         negative_target_size: None,
+        init: None,
+        controls: vec![],
+        scale_mode: ScaleMode::Diffusers,
         output_format: OutputFormat::Png,
         output_quality: 95,
         embed_metadata: true,
@@ -100,6 +103,9 @@ fn every_value_reaches_its_parameter() {
         negative_original_size: Some([7, 8]),
         negative_crops_coords_top_left: Some([9, 10]),
         negative_target_size: Some([11, 12]),
+        init: None,
+        controls: vec![],
+        scale_mode: ScaleMode::Diffusers,
         output_format: OutputFormat::Webp,
         output_quality: 80,
         embed_metadata: false,
@@ -163,7 +169,7 @@ fn a_range_error_says_bound_value_and_what_would_do() {
 #[test]
 fn no_number_that_json_cannot_hold_passes_either() {
     for value in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
-        let request = |request| validate(GenerateRequest { prompt: Some("x".into()), ..request }, &limits());
+        let request = |request| validate(GenerateRequest { prompt: Some("x".into()), ..request }, &limits(), None);
         for result in [
             request(GenerateRequest { guidance_scale: Some(value), ..Default::default() }),
             request(GenerateRequest { guidance_rescale: Some(value), ..Default::default() }),
@@ -292,28 +298,19 @@ fn a_field_of_a_later_feature_is_refused_by_name() {
         ("sigma_schedule", json!("lu")),
         ("timesteps", json!([1])),
         ("sigmas", json!([1.0])),
-        ("image", json!("x")),
-        ("mask_image", json!("x")),
-        ("mask_blur", json!(4)),
-        ("padding_mask_crop", json!(32)),
         ("preset", json!("turbo")),
         ("prompt_weighting", json!("compel")),
         ("textual_inversions", json!([{}])),
         ("hires", json!({})),
         ("aesthetic_score", json!(5)),
         ("negative_aesthetic_score", json!(2)),
-        ("scale_mode", json!("residual")),
-        ("strength", json!(0.5)),
-        ("controlnets", json!([{}])),
         ("loras", json!([{}])),
         ("denoising_start", json!(0.8)),
         ("denoising_end", json!(0.8)),
         ("refiner", json!({})),
-        ("response_format", json!("url")),
     ] {
         refused(json!({field: value}), "unsupported_feature", field);
     }
-    refused(json!({"control_image": "x"}), "unsupported_feature", "controlnets");
     let error = check(&with(json!({"model": "other"})), &limits()).unwrap_err();
     assert_eq!(
         (error.code, error.class, error.field.as_deref()),
@@ -377,7 +374,7 @@ fn the_effective_request_makes_the_same_parameters_without_a_warning() {
         let request = effective_request(&params, scheduler, "base");
         let (read, warnings) = parse(&serde_json::from_str(&request.to_string()).unwrap()).unwrap();
         assert_eq!(warnings, Vec::<String>::new());
-        let again = validate(read, &limits()).unwrap();
+        let again = validate(read, &limits(), None).unwrap();
         assert_eq!(again, GenerateParams { scheduler: Some(scheduler), ..params });
         assert_eq!(effective_request(&again, scheduler, "base"), request);
     }
@@ -454,4 +451,131 @@ fn whatever_arrives_is_answered() {
     }
     assert!(passed > 200, "{passed}");
     assert!(codes.len() >= 10, "{codes:?}");
+}
+
+#[test]
+fn a_picture_makes_it_image_to_image_and_a_mask_inpainting() {
+    let init = |fields| accepted(fields).init.unwrap();
+    let plain = init(json!({"image": "x"}));
+    assert_eq!((plain.strength, plain.mask), (0.3, None));
+    let masked = init(json!({"image": "x", "mask_image": "y", "mask_blur": 4, "padding_mask_crop": 32}));
+    assert_eq!(masked.strength, 0.9999);
+    assert_eq!(masked.mask, Some(MaskParams { image: String::new(), blur: 4.0, padding_crop: Some(32) }));
+    assert_eq!(init(json!({"image": "x", "strength": 1})).strength, 1.0);
+    let error = check(&with(json!({"image": "x", "controlnets": [{"image": "y"}]})), &controlled()).unwrap();
+    assert_eq!(error.init.unwrap().strength, 0.8);
+}
+
+#[test]
+fn what_acts_on_a_picture_needs_one() {
+    refused(json!({"strength": 0.5}), "missing_field", "image");
+    refused(json!({"mask_image": "x"}), "missing_field", "image");
+    refused(json!({"image": "x", "mask_blur": 4}), "missing_field", "mask_image");
+    refused(json!({"image": "x", "padding_mask_crop": 4}), "missing_field", "mask_image");
+    refused(json!({"image": "x", "strength": 1.1}), "out_of_range", "strength");
+    refused(json!({"image": "x", "strength": 0}), "out_of_range", "strength");
+    let few = refused(json!({"image": "x", "strength": 0.2, "steps": 4}), "out_of_range", "strength");
+    assert_eq!(few.remedy.unwrap(), "give `strength` at least 0.25, or more steps");
+    refused(json!({"image": "x", "mask_image": "x", "mask_blur": -1}), "out_of_range", "mask_blur");
+    let inpainting = Limits { needs_mask: true, ..limits() };
+    for (fields, field) in [(json!({}), "image"), (json!({"image": "x"}), "mask_image")] {
+        let error = check(&with(fields), &inpainting).unwrap_err();
+        assert_eq!((error.code, error.field.as_deref()), ("missing_field", Some(field)));
+    }
+}
+
+#[test]
+fn a_picture_gives_the_size_that_the_request_leaves_out() {
+    let size = |fields, size| {
+        let facts = PictureFacts { size, image: "a".into(), mask_image: String::new(), controls: vec!["b".into()] };
+        validate(parse(&with(fields)).unwrap().0, &controlled(), Some(&facts))
+            .map(|params| (params.height, params.width))
+    };
+    assert_eq!(size(json!({"image": "x"}), (517, 771)).unwrap(), (512, 768));
+    assert_eq!(size(json!({"image": "x", "width": 640}), (517, 771)).unwrap(), (512, 640));
+    assert_eq!(size(json!({"control_image": "x"}), (517, 771)).unwrap(), (512, 768));
+    assert_eq!(size(json!({"image": "x", "width": 64, "height": 64}), (9000, 9000)).unwrap(), (64, 64));
+    for (fields, picture, code, field) in [
+        (json!({"image": "x"}), (32, 512), "out_of_range", "image"),
+        (json!({"image": "x"}), (9000, 9000), "too_large", "image"),
+        (json!({"control_image": "x"}), (63, 512), "out_of_range", "controlnets[0].image"),
+    ] {
+        let error = size(fields, picture).unwrap_err();
+        assert_eq!((error.code, error.field.as_deref()), (code, Some(field)));
+    }
+}
+
+/// A worker with a net of one type, and a union net of six.
+fn controlled() -> Limits {
+    let net = |name: &str, num_control_type| ControlNetFacts { name: name.into(), num_control_type };
+    Limits { controlnets: vec![net("canny", None), net("union", Some(6)), net("promax", Some(8))], ..limits() }
+}
+
+#[test]
+fn controls_are_read_with_their_net_and_mode() {
+    let modes = |model: &str, mode: Value| {
+        let fields = json!({"controlnets": [{"image": "x", "model": model, "mode": mode}]});
+        check(&with(fields), &controlled()).map(|params| params.controls[0].mode)
+    };
+    for (mode, number) in [
+        (json!(3), 3),
+        (json!("canny"), 3),
+        (json!("Anime-Lineart"), 3),
+        (json!("pose"), 0),
+        (json!("scribble"), 2),
+        (json!("segmentation"), 5),
+        (json!("4"), 4),
+    ] {
+        assert_eq!(modes("union", mode).unwrap(), Some(number));
+    }
+    assert_eq!(modes("promax", json!("tile")).unwrap(), Some(6));
+    assert_eq!(modes("canny", Value::Null).unwrap(), None);
+    assert_eq!(modes("canny", json!("canny")).unwrap(), None);
+    for (model, mode, code) in [
+        ("union", Value::Null, "missing_field"),
+        ("union", json!(6), "unknown_mode"),
+        ("union", json!("tile"), "unknown_mode"),
+        ("union", json!(-1), "unknown_mode"),
+        ("promax", json!(8), "unknown_mode"),
+        ("canny", json!("cany"), "unknown_mode"),
+    ] {
+        let error = modes(model, mode).unwrap_err();
+        assert_eq!((error.code, error.field.as_deref()), (code, Some("controlnets[0].mode")), "{error}");
+    }
+    let error = modes("union", json!("cany")).unwrap_err();
+    assert!(error.remedy.unwrap().ends_with("did you mean canny?"));
+
+    let one = json!({"image": "x", "weight": 0.5, "start": 0.1, "end": 0.9, "guess_mode": true});
+    let params = check(&with(json!({"controlnets": [one], "scale_mode": "residual"})), &controlled()).unwrap();
+    let control = &params.controls[0];
+    assert_eq!((control.model.as_str(), control.scale, control.start, control.end), ("canny", 0.5, 0.1, 0.9));
+    assert!(control.guess_mode);
+    assert_eq!(params.scale_mode, ScaleMode::Residual);
+}
+
+#[test]
+fn a_control_that_makes_no_sense_is_refused_with_its_path() {
+    for (controls, code, field) in [
+        (json!([{"image": "x"}, {}]), "missing_field", "controlnets[1].image"),
+        (json!([{"image": "x", "model": "depth"}]), "controlnet_not_available", "controlnets[0].model"),
+        (json!([{"image": "x", "scale": -1}]), "out_of_range", "controlnets[0].scale"),
+        (json!([{"image": "x", "start": 1.5}]), "out_of_range", "controlnets[0].start"),
+        (json!([{"image": "x", "start": 0.5, "end": 0.5}]), "out_of_range", "controlnets[0].end"),
+        (json!(vec![json!({"image": "x"}); 20]), "too_large", "controlnets"),
+        (
+            json!([
+                {"image": "x", "model": "union", "mode": 0},
+                {"image": "x", "model": "union", "mode": 1, "guess_mode": true},
+            ]),
+            "invalid_value",
+            "controlnets[1].guess_mode",
+        ),
+    ] {
+        let error = check(&with(json!({"controlnets": controls})), &controlled()).unwrap_err();
+        assert_eq!((error.code, error.field.as_deref()), (code, Some(field)), "{error}");
+        assert!(error.remedy.is_some());
+    }
+    let error = check(&with(json!({"control_image": "x"})), &limits()).unwrap_err();
+    assert_eq!((error.code, error.field.as_deref()), ("controlnet_not_available", Some("controlnets[0].model")));
+    assert_eq!(error.remedy.unwrap(), "start the worker with --controlnet NAME=DIR (CONTROLNETS)");
 }

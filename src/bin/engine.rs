@@ -35,6 +35,7 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> Result<()> {
     match &cli.command {
         Some(Command::Generate(options)) => commands::generate(&cli.engine, options),
+        Some(Command::Preprocess(options)) => commands::preprocess(options),
         Some(Command::Doctor) => commands::doctor(&cli.engine),
         Some(Command::Bench(options)) => commands::bench(&cli.engine, options),
         Some(Command::Tokenize) => commands::tokenize(&cli.engine),

@@ -17,7 +17,7 @@ use crate::media;
 
 /// Makes pictures and writes them into a folder; prints the path of each on stdout.
 pub fn generate(arguments: &EngineArgs, options: &GenerateArgs) -> Result<()> {
-    let input = request(options)?;
+    let input = request(&with_files(options)?)?;
     // a misspelled field is told before the model is loaded
     parse(&input)?;
     // Whatever can be wrong with the folder is better known before the work than after it.
@@ -70,6 +70,24 @@ fn request(options: &GenerateArgs) -> Result<Value> {
     Ok(Value::Object(request))
 }
 
+/// The options with the pictures themselves in place of the files that were named.
+fn with_files(options: &GenerateArgs) -> Result<GenerateArgs> {
+    let mut options = options.clone();
+    let pictures = [
+        ("--image", &mut options.image),
+        ("--mask-image", &mut options.mask_image),
+        ("--control-image", &mut options.control_image),
+    ];
+    for (option, picture) in pictures {
+        if let Some(source) = picture.as_mut().filter(|source| !source.contains("://") && !source.starts_with("data:"))
+        {
+            let path = Path::new(source.as_str());
+            *source = media::to_base64(&fs::read(path).map_err(|e| unreadable(option, path, e))?);
+        }
+    }
+    Ok(options)
+}
+
 pub(super) fn request_from_file(path: &Path) -> Result<Map<String, Value>> {
     let text = if path.as_os_str() == "-" {
         let mut text = String::new();
@@ -92,7 +110,7 @@ pub(super) fn request_from_file(path: &Path) -> Result<Map<String, Value>> {
     }
 }
 
-fn unreadable(option: &str, path: &Path, error: std::io::Error) -> Error {
+pub(super) fn unreadable(option: &str, path: &Path, error: std::io::Error) -> Error {
     Error::invalid("unreadable_file", option, format!("{} cannot be read", path.display()))
         .source(error)
         .remedy(format!("give {option} a file that is there and that this user may read"))
@@ -113,7 +131,7 @@ fn prepare_folder(folder: &Path) -> Result<()> {
 }
 
 /// Writes beside the target and renames, so that no reader ever sees half a file.
-fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+pub(super) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let write = || -> std::io::Result<()> {
         let mut file = tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o644)).tempfile_in(folder)?;

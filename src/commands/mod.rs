@@ -3,6 +3,7 @@
 mod bench;
 mod doctor;
 mod generate;
+mod preprocess;
 mod progress;
 mod run_once;
 mod runpod;
@@ -12,6 +13,7 @@ mod tokenize;
 pub use bench::bench;
 pub use doctor::doctor;
 pub use generate::generate;
+pub use preprocess::preprocess;
 pub use run_once::run_once;
 pub use runpod::runpod;
 pub use serve::serve;
@@ -21,7 +23,6 @@ use std::future::Future;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use serde_json::json;
 use tokio::task::spawn_blocking;
 
 use crate::cli::EngineArgs;
@@ -41,7 +42,7 @@ fn start_handler(arguments: &EngineArgs) -> Result<Handler> {
     let started = Instant::now();
     let engine = Engine::start(move || StableDiffusionXlPipeline::load(settings))?;
     tracing::info!(model, device, seconds = format!("{:.2}", started.elapsed().as_secs_f64()), "model loaded");
-    Ok(Handler::new(engine, arguments.max_pixels, arguments.max_num_images))
+    Ok(Handler::new(engine, config::limits(arguments), config::downloader()))
 }
 
 /// How long the phases of the start took. Clones share the list.
@@ -65,8 +66,7 @@ impl ColdStart {
 async fn load_runner(arguments: EngineArgs, phases: ColdStart) -> Result<Arc<dyn Runner>> {
     let load = move || -> Result<Arc<dyn Runner>> {
         let handler = phases.time("load_model", || start_handler(&arguments))?;
-        let warm_up = json!({ "prompt": "warm-up", "num_inference_steps": 1, "seed": 0 });
-        let _picture = phases.time("warm_up", || handler.generate(&warm_up, JobContext::default()))?;
+        let _picture = phases.time("warm_up", || handler.generate(&handler.warm_up(), JobContext::default()))?;
         Ok(Arc::new(Arc::new(handler)))
     };
     spawn_blocking(load).await.map_err(anyhow::Error::from)?

@@ -73,7 +73,7 @@ fn encode(uploader: Uploader) -> Encode {
     Arc::new(move |Finished { id, s3_config, reply }| {
         let uploader = uploader.clone();
         Box::pin(async move {
-            if s3_config.is_some() {
+            if s3_config.is_some() || reply.wants_links() {
                 let pictures = reply.pictures();
                 if let Some(links) = uploader.upload_pictures(&id, s3_config.as_ref(), pictures).await? {
                     return Ok(reply.with_links(&links));

@@ -5,7 +5,7 @@ use std::io::Cursor;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use image::error::LimitErrorKind;
-use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, ImageResult, Limits};
+use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, ImageResult, Limits, RgbImage};
 
 use crate::error::{Error, ErrorClass, Result};
 
@@ -19,7 +19,7 @@ pub fn decode(bytes: &[u8], max_pixels: u64, field: &str) -> Result<DynamicImage
     let format = image::guess_format(bytes).ok();
     let Some(format @ (ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP)) = format else {
         let message = "the picture is no PNG, JPEG or WebP file";
-        return Err(Error::invalid("image_format", field, message));
+        return Err(Error::invalid("image_format", field, message).remedy("send a PNG, JPEG or WebP file"));
     };
     // The decoders return errors; should one panic after all, it is still the file that is to blame.
     let decoded = catch_unwind(AssertUnwindSafe(|| decode_as(bytes, format, max_pixels)));
@@ -33,7 +33,10 @@ pub fn decode(bytes: &[u8], max_pixels: u64, field: &str) -> Result<DynamicImage
         }
         Ok(Err(ImageError::Limits(error))) if matches!(error.kind(), LimitErrorKind::InsufficientMemory) => {
             let message = "the picture needs more memory than one of its size should";
-            Err(Error::new(ErrorClass::TooLarge, "image_too_large", message).field(field).source(error))
+            Err(Error::new(ErrorClass::TooLarge, "image_too_large", message)
+                .field(field)
+                .remedy("make the picture smaller")
+                .source(error))
         }
         Ok(Err(error)) => Err(damaged(field).source(error)),
         Err(_) => Err(damaged(field)),
@@ -63,6 +66,20 @@ fn decode_as(bytes: &[u8], format: ImageFormat, max_pixels: u64) -> ImageResult<
     let mut image = DynamicImage::from_decoder(decoder)?;
     image.apply_orientation(orientation);
     Ok(Ok(image))
+}
+
+/// Three channels of eight bits, as diffusers' `load_image` has them: alpha is dropped and not blended, grey is repeated,
+/// of sixteen bits the upper eight count. Pillow does the last for colour alone; grey of sixteen bits it cuts off at 255,
+/// which leaves a white picture, and is not followed here.
+pub fn to_rgb(image: DynamicImage) -> RgbImage {
+    let sixteen_bits = usize::from(image.color().bytes_per_pixel()) > usize::from(image.color().channel_count());
+    if !sixteen_bits {
+        return image.into_rgb8();
+    }
+    let image = image.into_rgb16();
+    let (width, height) = image.dimensions();
+    let upper_bytes = image.into_raw().into_iter().map(|value| (value >> 8) as u8).collect();
+    RgbImage::from_raw(width, height, upper_bytes).expect("as many values as before")
 }
 
 /// The sizes of all lossy frames in a WebP file. Its decoder allocates and decodes such a frame before it notices that the

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use image::metadata::Orientation;
 use image::{DynamicImage, GrayImage, ImageBuffer, Rgb, RgbImage, RgbaImage};
 
+use super::super::test_pictures::{bytes, cases};
 use super::*;
 
 const FORMATS: [ImageFormat; 3] = [ImageFormat::Png, ImageFormat::Jpeg, ImageFormat::WebP];
@@ -253,5 +254,58 @@ fn random_changes_and_random_bytes_do_not_panic() {
         let mut bytes = heads[random.usize(..4)].to_vec();
         bytes.extend((0..random.usize(0..200)).map(|_| random.u8(..)));
         check(&bytes);
+    }
+}
+
+/// A PNG of one row of these bytes, as they stand in the file.
+fn png_row(color: png::ColorType, depth: png::BitDepth, width: u32, row: &[u8], trns: &[u8]) -> RgbImage {
+    let mut bytes = Vec::new();
+    let mut encoder = png::Encoder::new(&mut bytes, width, 1);
+    encoder.set_color(color);
+    encoder.set_depth(depth);
+    if color == png::ColorType::Indexed {
+        encoder.set_palette(&[1, 2, 3, 40, 50, 60, 200, 100, 0]);
+    }
+    if !trns.is_empty() {
+        encoder.set_trns(trns);
+    }
+    let mut writer = encoder.write_header().unwrap();
+    writer.write_image_data(row).unwrap();
+    writer.finish().unwrap();
+    to_rgb(decode(&bytes, 100, "image").unwrap())
+}
+
+/// Pixels as Pillow's `convert("RGB")` gives them, but for grey of sixteen bits.
+#[test]
+fn every_kind_of_png_becomes_eight_bits_in_three_channels() {
+    use png::BitDepth::{Eight, One, Sixteen, Two};
+    use png::ColorType::{Grayscale, GrayscaleAlpha, Indexed, Rgb, Rgba};
+
+    assert_eq!(png_row(Rgba, Eight, 2, &[9, 8, 7, 0, 1, 2, 3, 128], &[]).as_raw(), &[9, 8, 7, 1, 2, 3]);
+    assert_eq!(png_row(GrayscaleAlpha, Eight, 2, &[9, 0, 77, 255], &[]).as_raw(), &[9, 9, 9, 77, 77, 77]);
+    assert_eq!(png_row(Grayscale, One, 3, &[0b0100_0000], &[]).as_raw(), &[0, 0, 0, 255, 255, 255, 0, 0, 0]);
+    assert_eq!(png_row(Grayscale, Two, 2, &[0b0110_0000], &[]).as_raw(), &[85, 85, 85, 170, 170, 170]);
+    for trns in [&[][..], &[0, 128]] {
+        assert_eq!(png_row(Indexed, Eight, 3, &[2, 0, 1], trns).as_raw(), &[200, 100, 0, 1, 2, 3, 40, 50, 60]);
+    }
+    assert_eq!(png_row(Rgb, Eight, 1, &[5, 6, 7], &[0, 5, 0, 6, 0, 7]).as_raw(), &[5, 6, 7]);
+
+    let row = [0x12, 0xff, 0x00, 0x80, 0xff, 0xff, 0x00, 0x01];
+    assert_eq!(png_row(Rgb, Sixteen, 1, &row[..6], &[]).as_raw(), &[0x12, 0x00, 0xff]);
+    assert_eq!(png_row(Rgba, Sixteen, 1, &row, &[]).as_raw(), &[0x12, 0x00, 0xff]);
+    assert_eq!(png_row(GrayscaleAlpha, Sixteen, 1, &row[..4], &[]).as_raw(), &[0x12; 3]);
+    assert_eq!(png_row(Grayscale, Sixteen, 2, &row[..4], &[]).as_raw(), &[0x12, 0x12, 0x12, 0, 0, 0]);
+}
+
+/// Plain, as YCCK, and without Adobe's marker, which says whether the inks are inverted: Pillow takes them for inverted
+/// in any case.
+#[test]
+fn a_jpeg_of_four_inks_has_pillow_s_colours() {
+    for case in cases("cmyk") {
+        let image = to_rgb(decode(&bytes(&case["file"]), 10_000, "image").unwrap());
+        let expected = bytes(&case["rgb"]);
+        assert_eq!(image.len(), expected.len());
+        let worst = image.iter().zip(&expected).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
+        assert!(worst <= 2, "{worst}: {}", case["kind"]);
     }
 }

@@ -17,7 +17,7 @@ use img_parts::webp::WebP;
 use img_parts::{Bytes, ImageEXIF};
 use serde_json::Value;
 
-use crate::api::{GenerateParams, SchedulerKind, SigmaSchedule, effective_request};
+use crate::api::{ControlParams, GenerateParams, SchedulerKind, SigmaSchedule, effective_request};
 use crate::error::{Error, Result};
 
 /// PNG's key for A1111's text.
@@ -206,6 +206,21 @@ fn a1111_text(params: &GenerateParams, scheduler: SchedulerKind, model: &str) ->
     settings.push(format!("Seed: {}", params.seed));
     settings.push(format!("Size: {}x{}", params.width, params.height));
     settings.push(format!("Model: {}", quoted(model)));
+    if let Some(init) = &params.init {
+        settings.push(format!("Denoising strength: {}", init.strength));
+        if let Some(mask) = init.mask.as_ref().filter(|mask| mask.blur > 0.0) {
+            settings.push(format!("Mask blur: {}", mask.blur));
+        }
+    }
+    for (index, control) in params.controls.iter().enumerate() {
+        let module = control.preprocess.as_ref().map_or("none", |preprocessor| preprocessor.name());
+        let ControlParams { model, scale, start, end, .. } = control;
+        let mode = control.mode_name().map(|mode| format!(", Mode: {mode}")).unwrap_or_default();
+        let text = format!(
+            "Module: {module}, Model: {model}{mode}, Weight: {scale}, Guidance Start: {start}, Guidance End: {end}"
+        );
+        settings.push(format!("ControlNet {index}: {}", quoted(&text)));
+    }
     settings.push(format!("Version: sdxl-worker {}", env!("CARGO_PKG_VERSION")));
     lines.push(settings.join(", "));
     // No text chunk can hold a NUL.

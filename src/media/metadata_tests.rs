@@ -13,7 +13,7 @@ const FORMATS: [OutputFormat; 3] = [OutputFormat::Png, OutputFormat::Jpeg, Outpu
 fn params(fields: Value) -> GenerateParams {
     let mut input = json!({"prompt": "a cat", "seed": 1});
     input.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
-    validate(parse(&input).unwrap().0, &Limits::default()).unwrap()
+    validate(parse(&input).unwrap().0, &Limits::default(), None).unwrap()
 }
 
 fn picture(format: OutputFormat, params: &GenerateParams) -> Vec<u8> {

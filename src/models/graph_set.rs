@@ -132,9 +132,19 @@ impl GraphEntry {
     /// # Errors
     /// `graphs_invalid`, unless the graph takes exactly these inputs in this order.
     pub(super) fn expect_inputs(&self, names: &[&str]) -> Result<()> {
-        if self.inputs.iter().map(|slot| slot.name.as_str()).eq(names.iter().copied()) {
+        if self.inputs.len() > names.len() { self.unexpected(names) } else { self.expect_first_inputs(names) }
+    }
+
+    /// # Errors
+    /// `graphs_invalid`, unless the graph's inputs begin with these.
+    pub(super) fn expect_first_inputs(&self, names: &[&str]) -> Result<()> {
+        if self.inputs.iter().map(|slot| slot.name.as_str()).take(names.len()).eq(names.iter().copied()) {
             return Ok(());
         }
+        self.unexpected(names)
+    }
+
+    fn unexpected(&self, names: &[&str]) -> Result<()> {
         let given = self.inputs.iter().map(|slot| slot.name.as_str()).collect::<Vec<_>>().join(", ");
         let message = format!("{} takes ({given}), this version gives ({})", self.file, names.join(", "));
         Err(Error::setup("graphs_invalid", message).remedy(EXPORT_HINT))

@@ -1,16 +1,18 @@
 //! Graphs and the models they run: what is where, what fits, and one typed wrapper for each graph.
 
+mod controlnet;
 mod graph_set;
 mod model_dir;
 mod text_encoder;
 mod unet;
 mod vae;
 
+pub use controlnet::{ControlNet, ControlNetConfig, UnionInputs};
 pub use graph_set::GraphSet;
 pub use model_dir::ModelDir;
 pub use text_encoder::{TextEncoder, TextEncoderOutput};
-pub use unet::{UNet, UNetInputs};
-pub use vae::Vae;
+pub use unet::{Residuals, UNet, UNetInputs};
+pub use vae::{LatentDistribution, Vae, VaeEncoder};
 
 use tch::Kind;
 

@@ -12,6 +12,9 @@ use crate::weights::{Checkpoint, Weights};
 /// `UNet2DConditionModel` with SDXL's added conditions.
 pub struct UNet {
     module: Module,
+    /// The same UNet with a ControlNet's residuals as further inputs, on the same tensors.
+    control: Option<Module>,
+    /// Of the latents, and for inpainting of the mask and the masked picture's latents too.
     pub in_channels: i64,
     /// Latent height and width that the model was trained for.
     pub sample_size: i64,
@@ -33,25 +36,49 @@ pub struct UNetInputs<'a> {
     pub time_ids: &'a Tensor,
 }
 
+/// What a ControlNet adds to the UNet: one tensor for each skip connection, then one for the middle block.
+pub struct Residuals(pub Vec<Tensor>);
+
+pub(super) const INPUTS: [&str; 5] = ["sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"];
+
+impl UNetInputs<'_> {
+    pub(super) fn list(&self) -> [&Tensor; 5] {
+        [self.sample, self.timestep, self.encoder_hidden_states, self.text_embeds, self.time_ids]
+    }
+}
+
 impl UNet {
+    /// `with_control` also loads the graph that takes residuals.
     pub fn load(
         graphs: &GraphSet,
         config: &Value,
         checkpoint: Checkpoint,
         model: &Path,
         (kind, device): (Kind, Device),
+        with_control: bool,
     ) -> Result<Self> {
         let in_channels = integer(config, "in_channels", 4);
-        if in_channels != 4 || !config.get("time_cond_proj_dim").is_none_or(Value::is_null) {
-            let message = "this UNet is not a plain text-to-image one (in_channels 4, no time_cond_proj_dim)";
+        if ![4, 9].contains(&in_channels) || !config.get("time_cond_proj_dim").is_none_or(Value::is_null) {
+            let message = "this UNet is no text-to-image or inpainting one (in_channels 4 or 9, no time_cond_proj_dim)";
             return Err(Error::setup("unsupported_model", message).remedy("use an SDXL base or fine-tuned model"));
         }
         let entry = graphs.find("unet", kind, config, model)?;
-        entry.expect_inputs(&["sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"])?;
+        entry.expect_inputs(&INPUTS)?;
         let module = graphs.load(entry, device)?;
-        Weights::new(checkpoint, device, kind).bind(&module, |name| entry.has_parameter(name))?;
+        let mut weights = Weights::new(checkpoint, device, kind);
+        weights.bind(&module, |name| entry.has_parameter(name))?;
+        let control = if with_control {
+            let entry = graphs.find("unet_control", kind, config, model)?;
+            entry.expect_first_inputs(&INPUTS)?;
+            let module = graphs.load(entry, device)?;
+            weights.bind(&module, |name| entry.has_parameter(name))?;
+            Some(module)
+        } else {
+            None
+        };
         Ok(UNet {
             module,
+            control,
             in_channels,
             sample_size: integer(config, "sample_size", 128),
             addition_time_embed_dim: integer(config, "addition_time_embed_dim", 256),
@@ -59,15 +86,15 @@ impl UNet {
         })
     }
 
-    /// The predicted noise (or velocity), shaped like the sample.
-    pub fn forward(&self, inputs: &UNetInputs) -> Result<Tensor> {
-        let mut outputs = self.module.forward(&[
-            inputs.sample,
-            inputs.timestep,
-            inputs.encoder_hidden_states,
-            inputs.text_embeds,
-            inputs.time_ids,
-        ])?;
+    /// The predicted noise (or velocity), `[batch, 4, h, w]`.
+    pub fn forward(&self, inputs: &UNetInputs, residuals: Option<&Residuals>) -> Result<Tensor> {
+        let mut outputs = match (residuals, &self.control) {
+            (None, _) => self.module.forward(&inputs.list())?,
+            (Some(Residuals(residuals)), Some(control)) => {
+                control.forward(&inputs.list().into_iter().chain(residuals).collect::<Vec<_>>())?
+            }
+            (Some(_), None) => unreachable!("a ControlNet's UNet is loaded with its control graph"),
+        };
         Ok(outputs.pop().expect("a UNet has an output"))
     }
 }

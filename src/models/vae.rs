@@ -13,13 +13,28 @@ use crate::weights::{Checkpoint, Weights};
 pub struct Vae {
     decoder: Module,
     kind: Kind,
-    scaling_factor: f64,
-    /// Per-channel mean and standard deviation of the latents, where the configuration has them.
-    latents_mean_std: Option<(Vec<f32>, Vec<f32>)>,
+    latents: LatentSpace,
+    pub latent_channels: i64,
     /// Pixels to a latent's side.
     pub scale_factor: i64,
     /// Side of a tile in pixels: the size the model was trained for.
     tile_sample_min_size: i64,
+}
+
+/// The encoding half, which only jobs that start from a picture need.
+pub struct VaeEncoder {
+    encoder: Module,
+    kind: Kind,
+    latents: LatentSpace,
+    scale_factor: i64,
+    tile_sample_min_size: i64,
+}
+
+/// How the VAE's own latents become those of the UNet.
+struct LatentSpace {
+    scaling_factor: f64,
+    /// Per-channel mean and standard deviation, where the configuration has them.
+    mean_std: Option<(Vec<f32>, Vec<f32>)>,
 }
 
 /// Share of a tile that overlaps its neighbour; diffusers' `tile_overlap_factor`.
@@ -31,24 +46,15 @@ impl Vae {
         config: &Value,
         checkpoint: Checkpoint,
         model: &Path,
-        (kind, device): (Kind, Device),
+        target: (Kind, Device),
     ) -> Result<Self> {
-        let decoder = graphs.find("vae_decoder", kind, config, model)?;
-        decoder.expect_inputs(&["latents"])?;
-        let encoder = graphs.find("vae_encoder", kind, config, model)?;
-        let module = graphs.load(decoder, device)?;
-        Weights::new(checkpoint, device, kind)
-            .bind(&module, |name| decoder.has_parameter(name) || encoder.has_parameter(name))?;
-        let levels = config.get("block_out_channels").and_then(Value::as_array).map_or(1, Vec::len);
-        let floats = |key: &str| -> Option<Vec<f32>> {
-            Some(config.get(key)?.as_array()?.iter().filter_map(Value::as_f64).map(|x| x as f32).collect())
-        };
+        let decoder = load_half("vae_decoder", "latents", graphs, config, checkpoint, model, target)?;
         Ok(Vae {
-            decoder: module,
-            kind,
-            scaling_factor: config.get("scaling_factor").and_then(Value::as_f64).unwrap_or(0.18215),
-            latents_mean_std: floats("latents_mean").zip(floats("latents_std")),
-            scale_factor: 1 << (levels - 1),
+            decoder,
+            kind: target.0,
+            latents: LatentSpace::of(config),
+            latent_channels: integer(config, "latent_channels", 4),
+            scale_factor: scale_factor(config),
             tile_sample_min_size: integer(config, "sample_size", 32),
         })
     }
@@ -62,63 +68,178 @@ impl Vae {
         (self.tile_sample_min_size * self.tile_sample_min_size) as u64
     }
 
-    /// Latents as the UNet left them, `[1, 4, h, w]`, to the decoder's range and dtype.
-    fn unscale(&self, latents: &Tensor) -> Tensor {
-        let latents = latents.to_kind(self.kind);
-        let Some((mean, std)) = &self.latents_mean_std else {
-            return latents / self.scaling_factor;
-        };
-        let channel = |values: &[f32]| {
-            Tensor::from_slice(values).view([1, -1, 1, 1]).to_device(latents.device()).to_kind(self.kind)
-        };
-        &latents * channel(std) / self.scaling_factor + channel(mean)
-    }
-
-    /// Pixels of one image, `[1, 3, height, width]` in -1 to 1.
+    /// Pixels of one image, `[1, 3, height, width]` in -1 to 1, from latents as the UNet left them, `[1, 4, h, w]`.
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
-        self.decode_tile(&self.unscale(latents))
+        run(&self.decoder, &self.latents.unscale(&latents.to_kind(self.kind)))
     }
 
     /// The same by overlapping tiles whose seams are blended: memory for one tile instead of the whole picture.
     /// As diffusers' `AutoencoderKL.tiled_decode`.
     pub fn tiled_decode(&self, latents: &Tensor) -> Result<Tensor> {
-        let z = self.unscale(latents);
-        let tile_latent_min_size = self.tile_sample_min_size / self.scale_factor;
-        let stride = (tile_latent_min_size as f64 * (1.0 - TILE_OVERLAP_FACTOR)) as i64;
-        let blend_extent = (self.tile_sample_min_size as f64 * TILE_OVERLAP_FACTOR) as i64;
-        let row_limit = self.tile_sample_min_size - blend_extent;
-        let (height, width) = (z.size()[2], z.size()[3]);
-        let tile = |i: i64, j: i64| {
-            let rows = z.narrow(2, i, tile_latent_min_size.min(height - i));
-            self.decode_tile(&rows.narrow(3, j, tile_latent_min_size.min(width - j)))
+        let (latent_size, sample_size) = (self.tile_sample_min_size / self.scale_factor, self.tile_sample_min_size);
+        tiled(&self.latents.unscale(&latents.to_kind(self.kind)), latent_size, sample_size, |z| run(&self.decoder, z))
+    }
+}
+
+impl VaeEncoder {
+    pub fn load(
+        graphs: &GraphSet,
+        config: &Value,
+        checkpoint: Checkpoint,
+        model: &Path,
+        target: (Kind, Device),
+    ) -> Result<Self> {
+        let encoder = load_half("vae_encoder", "image", graphs, config, checkpoint, model, target)?;
+        Ok(VaeEncoder {
+            encoder,
+            kind: target.0,
+            latents: LatentSpace::of(config),
+            scale_factor: scale_factor(config),
+            tile_sample_min_size: integer(config, "sample_size", 32),
+        })
+    }
+
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// The distribution of the latents of one image, `[1, 3, height, width]` in -1 to 1; by tiles as
+    /// [`Vae::tiled_decode`] where asked.
+    pub fn encode(&self, image: &Tensor, by_tiles: bool) -> Result<LatentDistribution> {
+        let image = image.to_kind(self.kind);
+        let (latent_size, sample_size) = (self.tile_sample_min_size / self.scale_factor, self.tile_sample_min_size);
+        let moments = match by_tiles {
+            true => tiled(&image, sample_size, latent_size, |tile| run(&self.encoder, tile))?,
+            false => run(&self.encoder, &image)?,
         };
+        let mut halves = moments.chunk(2, 1);
+        let log_variance = halves.pop().expect("two halves").clamp(-30.0, 20.0);
+        Ok(LatentDistribution { mean: halves.pop().expect("two halves"), std: (log_variance * 0.5).exp() })
+    }
 
-        let mut above: Vec<Tensor> = Vec::new();
-        let mut result_rows = Vec::new();
-        for i in (0..height).step_by(stride as usize) {
-            let mut row: Vec<Tensor> = Vec::new();
-            let mut result_row = Vec::new();
-            for (column, j) in (0..width).step_by(stride as usize).enumerate() {
-                let decoded = tile(i, j)?;
-                if let Some(upper) = above.get(column) {
-                    blend(upper, &decoded, 2, blend_extent);
-                }
-                if let Some(left) = row.last() {
-                    blend(left, &decoded, 3, blend_extent);
-                }
-                let (h, w) = (decoded.size()[2].min(row_limit), decoded.size()[3].min(row_limit));
-                result_row.push(decoded.narrow(2, 0, h).narrow(3, 0, w));
-                row.push(decoded);
-            }
-            result_rows.push(Tensor::cat(&result_row, 3));
-            above = row;
+    /// The VAE's latents as the UNet's; `centred` also applies the configuration's mean and standard deviation.
+    pub fn scale(&self, latents: &Tensor, centred: bool) -> Tensor {
+        self.latents.scale(latents, centred)
+    }
+}
+
+/// diffusers' `DiagonalGaussianDistribution`: `[1, 4, h, w]` each.
+pub struct LatentDistribution {
+    mean: Tensor,
+    std: Tensor,
+}
+
+impl LatentDistribution {
+    pub fn size(&self) -> Vec<i64> {
+        self.mean.size()
+    }
+
+    /// `noise` is of unit variance.
+    pub fn sample(&self, noise: &Tensor) -> Tensor {
+        &self.mean + &self.std * noise
+    }
+}
+
+impl LatentSpace {
+    fn of(config: &Value) -> Self {
+        let floats = |key: &str| -> Option<Vec<f32>> {
+            Some(config.get(key)?.as_array()?.iter().filter_map(Value::as_f64).map(|x| x as f32).collect())
+        };
+        LatentSpace {
+            scaling_factor: config.get("scaling_factor").and_then(Value::as_f64).unwrap_or(0.18215),
+            mean_std: floats("latents_mean").zip(floats("latents_std")),
         }
-        Ok(Tensor::cat(&result_rows, 2))
     }
 
-    fn decode_tile(&self, z: &Tensor) -> Result<Tensor> {
-        Ok(self.decoder.forward(&[z])?.pop().expect("a decoder has an output"))
+    fn unscale(&self, latents: &Tensor) -> Tensor {
+        match self.channels(latents) {
+            None => latents / self.scaling_factor,
+            Some((mean, std)) => latents * std / self.scaling_factor + mean,
+        }
     }
+
+    fn scale(&self, latents: &Tensor, centred: bool) -> Tensor {
+        match self.channels(latents).filter(|_| centred) {
+            None => latents * self.scaling_factor,
+            Some((mean, std)) => (latents - mean) * self.scaling_factor / std,
+        }
+    }
+
+    /// Mean and standard deviation, to broadcast over `latents`.
+    fn channels(&self, latents: &Tensor) -> Option<(Tensor, Tensor)> {
+        let channel = |values: &[f32]| {
+            Tensor::from_slice(values).view([1, -1, 1, 1]).to_device(latents.device()).to_kind(latents.kind())
+        };
+        self.mean_std.as_ref().map(|(mean, std)| (channel(mean), channel(std)))
+    }
+}
+
+/// Loads one half of the autoencoder; the file's tensors of the other half are known, and left alone.
+fn load_half(
+    component: &str,
+    input: &str,
+    graphs: &GraphSet,
+    config: &Value,
+    checkpoint: Checkpoint,
+    model: &Path,
+    (kind, device): (Kind, Device),
+) -> Result<Module> {
+    let entry = graphs.find(component, kind, config, model)?;
+    entry.expect_inputs(&[input])?;
+    let other = if component == "vae_decoder" { "vae_encoder" } else { "vae_decoder" };
+    let other = graphs.find(other, kind, config, model)?;
+    let module = graphs.load(entry, device)?;
+    Weights::new(checkpoint, device, kind)
+        .bind(&module, |name| entry.has_parameter(name) || other.has_parameter(name))?;
+    Ok(module)
+}
+
+fn scale_factor(config: &Value) -> i64 {
+    let levels = config.get("block_out_channels").and_then(Value::as_array).map_or(1, Vec::len);
+    1 << (levels - 1)
+}
+
+fn run(module: &Module, input: &Tensor) -> Result<Tensor> {
+    Ok(module.forward(&[input])?.pop().expect("half an autoencoder has an output"))
+}
+
+/// Runs `work` over overlapping square tiles of `input` and blends their seams. `input_size` and `output_size` are a
+/// tile's sides before and after `work`; an input that is no larger than a tile is one.
+fn tiled(
+    input: &Tensor,
+    input_size: i64,
+    output_size: i64,
+    work: impl Fn(&Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let (height, width) = (input.size()[2], input.size()[3]);
+    if height <= input_size && width <= input_size {
+        return work(input);
+    }
+    let stride = (input_size as f64 * (1.0 - TILE_OVERLAP_FACTOR)) as usize;
+    let blend_extent = (output_size as f64 * TILE_OVERLAP_FACTOR) as i64;
+    let row_limit = output_size - blend_extent;
+    let mut above: Vec<Tensor> = Vec::new();
+    let mut result_rows = Vec::new();
+    for i in (0..height).step_by(stride) {
+        let rows = input.narrow(2, i, input_size.min(height - i));
+        let mut row: Vec<Tensor> = Vec::new();
+        let mut result_row = Vec::new();
+        for (column, j) in (0..width).step_by(stride).enumerate() {
+            let tile = work(&rows.narrow(3, j, input_size.min(width - j)))?;
+            if let Some(upper) = above.get(column) {
+                blend(upper, &tile, 2, blend_extent);
+            }
+            if let Some(left) = row.last() {
+                blend(left, &tile, 3, blend_extent);
+            }
+            let (h, w) = (tile.size()[2].min(row_limit), tile.size()[3].min(row_limit));
+            result_row.push(tile.narrow(2, 0, h).narrow(3, 0, w));
+            row.push(tile);
+        }
+        result_rows.push(Tensor::cat(&result_row, 3));
+        above = row;
+    }
+    Ok(Tensor::cat(&result_rows, 2))
 }
 
 /// Fades the end of `a` into the beginning of `b`, in place, along `dim` over at most `extent` pixels.

@@ -221,7 +221,9 @@ enum Failure {
 }
 
 fn parse(url: &str) -> Result<Url> {
-    let invalid = |message: &str| Error::new(ErrorClass::InvalidInput, "invalid_url", message);
+    let invalid = |message: &str| {
+        Error::new(ErrorClass::InvalidInput, "invalid_url", message).remedy("send an http or https address")
+    };
     if url.len() > MAX_URL_LENGTH {
         return Err(invalid(&format!("the address is longer than {MAX_URL_LENGTH} characters")));
     }
@@ -255,6 +257,7 @@ fn target(from: &Url, response: &Response) -> Result<Url> {
 
 fn failed(message: impl Into<String>) -> Error {
     Error::new(ErrorClass::InvalidInput, "download_failed", message)
+        .remedy("check that the address leads to the file, or send the data inline")
 }
 
 fn timed_out(url: &Url, what: &str, limit: impl Into<Option<Duration>>) -> Error {
@@ -279,7 +282,7 @@ pub fn from_inline(source: &str, field: &str, max_bytes: u64) -> Result<Download
             let (head, text) = source[5..].split_once(',').unwrap_or_default();
             let Some((content_type, "base64")) = head.rsplit_once(';').map(|(left, right)| (left, right.trim())) else {
                 let message = "not a data URI of the form `data:image/png;base64,...`";
-                return Err(Error::invalid("invalid_data_uri", field, message));
+                return Err(Error::invalid("invalid_data_uri", field, message).remedy(INLINE));
             };
             (Some(content_type.to_owned()).filter(|text| !text.is_empty()), text)
         }
@@ -303,15 +306,19 @@ pub fn from_inline(source: &str, field: &str, max_bytes: u64) -> Result<Download
         });
         BASE64.decode(standard.collect::<Vec<u8>>())
     };
-    let bytes = decoded.map_err(|error| Error::invalid("invalid_base64", field, format!("not base64: {error}")))?;
+    let bytes = decoded
+        .map_err(|error| Error::invalid("invalid_base64", field, format!("not base64: {error}")).remedy(INLINE))?;
     if bytes.is_empty() {
-        return Err(Error::invalid("invalid_base64", field, "there is no data"));
+        return Err(Error::invalid("invalid_base64", field, "there is no data").remedy(INLINE));
     }
     if bytes.len() as u64 > max_bytes {
         return Err(too_large());
     }
     Ok(Download { bytes, content_type })
 }
+
+/// How to send data itself.
+const INLINE: &str = "send a URL, a data URI (data:image/png;base64,...) or base64";
 
 const BASE64: GeneralPurpose = GeneralPurpose::new(
     &STANDARD,

@@ -4,6 +4,8 @@ use std::time::Instant;
 
 use tch::{Kind, Tensor};
 
+use super::control::Controls;
+use super::latents::Start;
 use super::prompt::Conditions;
 use crate::context::{JobContext, Progress};
 use crate::error::{Error, ErrorClass, Result};
@@ -36,40 +38,51 @@ pub(super) struct Previews<'a> {
 pub(super) struct Lead<'a> {
     pub(super) conditions: &'a Conditions,
     pub(super) guidance: &'a Guidance,
+    pub(super) controls: &'a Controls<'a>,
     pub(super) previews: Option<Previews<'a>>,
 }
 
-/// Runs every step of `scheduler` on `latents`, `[num_images, 4, h, w]` of unit noise times `init_noise_sigma`.
+/// Runs the steps of `scheduler` from `start` on; gives the final latents, `[num_images, 4, h, w]`.
 pub(super) fn denoise(
     unet: &UNet,
     lead: &Lead,
     scheduler: &mut dyn Scheduler,
     noise: &mut NoiseSource,
-    mut latents: Tensor,
+    start: Start,
     context: &JobContext,
 ) -> Result<Tensor> {
-    let Lead { conditions, guidance, previews } = lead;
+    let Lead { conditions, guidance, controls, previews } = lead;
+    let Start { mut latents, step: first, inpaint } = start;
     let batch = conditions.encoder_hidden_states.size()[0];
-    let timesteps = scheduler.timesteps().to_vec();
+    let timesteps = scheduler.timesteps()[first..].to_vec();
     let (steps, started) = (timesteps.len(), Instant::now());
-    for (step, timestep) in timesteps.iter().enumerate() {
+    for (done, timestep) in timesteps.iter().enumerate() {
+        let step = first + done;
         context.check_cancelled()?;
-        let seconds_left = (step > 0).then(|| started.elapsed().as_secs_f64() / step as f64 * (steps - step) as f64);
-        let shown = previews.as_ref().filter(|p| step > 0 && step % p.every == 0);
+        let seconds_left = (done > 0).then(|| started.elapsed().as_secs_f64() / done as f64 * (steps - done) as f64);
+        let shown = previews.as_ref().filter(|p| done > 0 && done % p.every == 0);
         let preview = shown.map(|p| (p.show)(&scheduler.scale_model_input(&latents.narrow(0, 0, 1), step)));
-        context.report(Progress::Denoising { step, steps, seconds_left, preview });
+        context.report(Progress::Denoising { step: done, steps, seconds_left, preview });
 
         let sample = if guidance.is_on() { Tensor::cat(&[&latents, &latents], 0) } else { latents.shallow_clone() };
-        let noise_pred = unet.forward(&UNetInputs {
-            sample: &scheduler.scale_model_input(&sample, step),
+        let sample = scheduler.scale_model_input(&sample, step);
+        let mut inputs = UNetInputs {
+            sample: &sample,
             timestep: &Tensor::full([batch], *timestep, (Kind::Float, latents.device())),
             encoder_hidden_states: &conditions.encoder_hidden_states,
             text_embeds: &conditions.text_embeds,
             time_ids: &conditions.time_ids,
-        })?;
+        };
+        let residuals = controls.residuals(done, steps, &inputs, guidance.is_on())?;
+        let shown = inpaint.as_ref().map(|inpaint| inpaint.model_input(&sample));
+        inputs.sample = shown.as_ref().unwrap_or(&sample);
+        let noise_pred = unet.forward(&inputs, residuals.as_ref())?;
         let noise_pred = if guidance.is_on() { guide(&noise_pred, guidance) } else { noise_pred };
 
         latents = scheduler.step(&noise_pred, step, &latents, noise)?;
+        if let Some(inpaint) = &inpaint {
+            latents = inpaint.after_step(latents, step, &*scheduler);
+        }
     }
     context.check_cancelled()?;
     context.report(Progress::Denoising { step: steps, steps, seconds_left: Some(0.0), preview: None });

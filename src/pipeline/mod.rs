@@ -1,7 +1,10 @@
 //! The recipe: Stable Diffusion XL from a valid request to pixels, step by step as diffusers does it.
 
+mod control;
+mod controlnets;
 mod denoise;
 mod image_processor;
+mod latents;
 mod memory;
 mod preview;
 mod prompt;
@@ -10,18 +13,22 @@ mod tokenizer;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use image::RgbImage;
+use image::{GrayImage, RgbImage};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-use crate::api::{GenerateParams, OutputFormat, SchedulerKind, SigmaSchedule, Timings};
+use crate::api::{ControlNetFacts, GenerateParams, OutputFormat, SchedulerKind, SigmaSchedule, Timings};
 use crate::context::{JobContext, Progress};
 use crate::error::{Error, ErrorClass, Result};
 use crate::media;
-use crate::models::{GraphSet, ModelDir, TextEncoder, UNet, Vae};
-use crate::schedulers::{self, NoiseSource, SchedulerConfig, StepOptions};
+use crate::models::{GraphSet, ModelDir, TextEncoder, UNet, Vae, VaeEncoder};
+use crate::schedulers::{self, NoiseSource, Scheduler, SchedulerConfig, StepOptions};
 use crate::weights::Checkpoint;
+use control::Controls;
+pub use controlnets::ControlNetSource;
+use controlnets::ControlNets;
 use denoise::{Guidance, Lead, Previews, denoise, is_finite};
+use latents::{InitImage, Start, from_image, from_noise};
 use preview::PreviewMap;
 use prompt::{PromptEncoder, TextStage};
 pub use tokenizer::{ClipTokenizer, TokenIds};
@@ -38,6 +45,12 @@ pub struct Settings {
     /// Weight files to prefer, such as `fp16`.
     pub variant: Option<String>,
     pub vae_tiling: VaeTiling,
+    /// In the order in which they are preferred.
+    pub controlnets: Vec<ControlNetSource>,
+    /// Load them at start, as far as they fit, rather than when a job asks for one.
+    pub preload_controlnets: bool,
+    /// Most bytes of ControlNet weights that are kept loaded.
+    pub controlnet_memory: u64,
     /// Most bytes a request may need; `None` is what the machine or container has free.
     pub memory_limit: Option<u64>,
 }
@@ -58,6 +71,19 @@ pub struct ModelFacts {
     pub default_height: u32,
     pub default_width: u32,
     pub default_scheduler: SchedulerKind,
+    /// The UNet is one for inpainting.
+    pub needs_mask: bool,
+    pub controlnets: Vec<ControlNetFacts>,
+}
+
+/// The pictures that a job came with, at the size of the picture to be made.
+#[derive(Debug, Clone, Default)]
+pub struct InputImages {
+    pub image: Option<RgbImage>,
+    /// From half grey up it is repainted.
+    pub mask: Option<GrayImage>,
+    /// Control maps, one for each of the request's controls.
+    pub controls: Vec<RgbImage>,
 }
 
 /// What one job made.
@@ -73,7 +99,7 @@ pub struct Generation {
 /// What the engine's thread runs.
 pub trait Pipeline {
     fn facts(&self) -> ModelFacts;
-    fn generate(&mut self, params: &GenerateParams, context: &JobContext) -> Result<Generation>;
+    fn generate(&mut self, params: &GenerateParams, inputs: &InputImages, context: &JobContext) -> Result<Generation>;
 }
 
 pub struct StableDiffusionXlPipeline {
@@ -87,6 +113,9 @@ pub struct StableDiffusionXlPipeline {
     vae_config: Value,
     /// Loaded when a 16-bit decode overflows.
     vae_float32: Option<Vae>,
+    /// Loaded when a job first starts from a picture.
+    vae_encoder: Option<VaeEncoder>,
+    controlnets: ControlNets,
     scheduler_config: SchedulerConfig,
     /// Fitted when the first preview is asked for.
     preview_map: Option<PreviewMap>,
@@ -99,8 +128,15 @@ impl StableDiffusionXlPipeline {
         let scheduler_config = model.scheduler_config()?;
         let (unet_config, vae_config) = (model.config("unet")?, model.config("vae")?);
         let (kind, device) = (settings.kind, settings.device);
-        let force_upcast = vae_config.get("force_upcast").and_then(Value::as_bool).unwrap_or(true);
-        let vae_kind = settings.vae_kind.unwrap_or(if kind == Kind::Half && force_upcast { Kind::Float } else { kind });
+        let target = (kind, device);
+        let mut controlnets =
+            ControlNets::open(&settings.controlnets, settings.graphs.clone(), target, settings.controlnet_memory)?;
+        let with_control = !settings.controlnets.is_empty();
+        let vae_kind = settings.vae_kind.unwrap_or(if kind == Kind::Half && force_upcast(&vae_config) {
+            Kind::Float
+        } else {
+            kind
+        });
 
         // Reading a graph takes as long as binding its weights, and the parts do not depend on each other.
         let load_text = |suffix: &str| load_text_stage(&settings, &model, &graphs, suffix);
@@ -110,7 +146,7 @@ impl StableDiffusionXlPipeline {
             let vae = scope.spawn(|| load_vae(&settings, &model, &graphs, &vae_config, vae_kind));
             let _no_grad = tch::no_grad_guard();
             let unet = checkpoint(&settings, &model, "unet", kind)
-                .and_then(|weights| UNet::load(&graphs, &unet_config, weights, model.path(), (kind, device)));
+                .and_then(|weights| UNet::load(&graphs, &unet_config, weights, model.path(), target, with_control));
             let join = "loading a model part does not panic";
             (text.join().expect(join), text_2.join().expect(join), unet, vae.join().expect(join))
         });
@@ -124,12 +160,17 @@ impl StableDiffusionXlPipeline {
                 format!("{path}: the UNet's added embedding takes {has} values, the text encoder gives {expected}");
             return Err(Error::setup("model_invalid", message));
         }
+        if settings.preload_controlnets {
+            controlnets.preload()?;
+        }
         let default_size = (unet.sample_size * vae.scale_factor) as u32;
         let facts = ModelFacts {
             name: model.name(),
             default_height: default_size,
             default_width: default_size,
             default_scheduler: default_scheduler(&scheduler_config)?,
+            needs_mask: unet.in_channels == vae.latent_channels * 2 + 1,
+            controlnets: controlnets.facts(),
         };
         Ok(StableDiffusionXlPipeline {
             force_zeros_for_empty_prompt: model.force_zeros_for_empty_prompt(),
@@ -140,6 +181,8 @@ impl StableDiffusionXlPipeline {
             vae,
             vae_config,
             vae_float32: None,
+            vae_encoder: None,
+            controlnets,
             scheduler_config,
             preview_map: None,
             settings,
@@ -168,6 +211,45 @@ impl StableDiffusionXlPipeline {
         Ok(image_processor::postprocess(&image))
     }
 
+    /// Loads what this job needs beyond text to image.
+    fn require(&mut self, params: &GenerateParams) -> Result<()> {
+        if params.init.is_some() && self.vae_encoder.is_none() {
+            let (model, graphs) = (ModelDir::open(&self.settings.model)?, GraphSet::open(&self.settings.graphs)?);
+            // diffusers encodes in float32 wherever `force_upcast` says so, also where it decodes in bfloat16
+            let upcast = if force_upcast(&self.vae_config) { Kind::Float } else { self.settings.kind };
+            let kind = self.settings.vae_kind.unwrap_or(upcast);
+            let weights = checkpoint(&self.settings, &model, "vae", kind)?;
+            let target = (kind, self.settings.device);
+            self.vae_encoder = Some(VaeEncoder::load(&graphs, &self.vae_config, weights, model.path(), target)?);
+        }
+        let nets: Vec<&str> = params.controls.iter().map(|control| control.model.as_str()).collect();
+        self.controlnets.require(&nets)
+    }
+
+    /// The first latents.
+    fn start(
+        &self,
+        params: &GenerateParams,
+        inputs: &InputImages,
+        scheduler: &dyn Scheduler,
+        noise: &mut NoiseSource,
+    ) -> Result<Start> {
+        let target = (self.settings.kind, self.settings.device);
+        let side = |pixels: u32| i64::from(pixels) / self.vae.scale_factor;
+        let shape = [self.vae.latent_channels, side(params.height), side(params.width)];
+        let (Some(init), Some(image)) = (&params.init, &inputs.image) else {
+            return from_noise(shape, target, scheduler, noise);
+        };
+        let init = InitImage {
+            params: init,
+            image: image_processor::normalized(image),
+            mask: inputs.mask.as_ref(),
+            encoder: self.vae_encoder.as_ref().expect("required before"),
+            encode_by_tiles: self.decodes_in_tiles(params),
+        };
+        from_image(&init, shape, target, self.facts.needs_mask, scheduler, noise)
+    }
+
     fn decodes_in_tiles(&self, params: &GenerateParams) -> bool {
         match self.settings.vae_tiling {
             VaeTiling::Always => true,
@@ -182,13 +264,14 @@ impl Pipeline for StableDiffusionXlPipeline {
         self.facts.clone()
     }
 
-    fn generate(&mut self, params: &GenerateParams, context: &JobContext) -> Result<Generation> {
+    fn generate(&mut self, params: &GenerateParams, inputs: &InputImages, context: &JobContext) -> Result<Generation> {
         let _no_grad = tch::no_grad_guard();
         let (kind, device) = (self.settings.kind, self.settings.device);
         let mut timings = Timings::default();
         let mut warnings = Vec::new();
         let guidance = Guidance { scale: params.guidance_scale, rescale: params.guidance_rescale };
         self.check_memory(params, &guidance)?;
+        self.require(params)?;
 
         // 1. encode the prompts
         let started = Instant::now();
@@ -211,24 +294,26 @@ impl Pipeline for StableDiffusionXlPipeline {
         let options = StepOptions { num_inference_steps: params.num_inference_steps, eta: params.eta };
         let mut scheduler = schedulers::build(scheduler_kind, &config, options)?;
         let mut noise = NoiseSource::new(params.seed, params.num_images as usize)?;
-        let side = |pixels: u32| i64::from(pixels) / self.vae.scale_factor;
-        let shape = [self.unet.in_channels, side(params.height), side(params.width)];
-        let latents = noise.randn(&shape, kind)?.to_device(device) * scheduler.init_noise_sigma();
+        let start = self.start(params, inputs, scheduler.as_ref(), &mut noise)?;
+        let maps: Vec<Tensor> = inputs.controls.iter().map(image_processor::control_map).collect();
+        let net = |name: &str| self.controlnets.get(name);
+        let controls = Controls::new(&params.controls, params.scale_mode, &maps, net)?;
+        if params.preview_every > 0 && self.preview_map.is_none() {
+            self.preview_map = Some(PreviewMap::fit(&self.vae, self.vae.latent_channels, kind, device)?);
+        }
         timings.add("prepare", started.elapsed());
 
         // 3. denoise
         let started = Instant::now();
-        if params.preview_every > 0 && self.preview_map.is_none() {
-            self.preview_map = Some(PreviewMap::fit(&self.vae, self.unet.in_channels, kind, device)?);
-        }
         let show = |latents: &Tensor| {
             let map = self.preview_map.as_ref().expect("fitted above");
             preview_data_uri(&map.picture(latents))
         };
         let previews = (params.preview_every > 0).then_some(Previews { every: params.preview_every, show: &show });
-        let lead = Lead { conditions: &conditions, guidance: &guidance, previews };
-        let latents = denoise(&self.unet, &lead, scheduler.as_mut(), &mut noise, latents, context)?;
+        let lead = Lead { conditions: &conditions, guidance: &guidance, controls: &controls, previews };
+        let latents = denoise(&self.unet, &lead, scheduler.as_mut(), &mut noise, start, context)?;
         timings.add("denoise", started.elapsed());
+        controls.report(&mut timings);
 
         // 4. decode, one image after the other: the decoder's activations are the largest of the run
         let started = Instant::now();
@@ -244,6 +329,11 @@ impl Pipeline for StableDiffusionXlPipeline {
         let latents = latents.to_device(Device::Cpu).to_kind(Kind::Float);
         Ok(Generation { images, latents, scheduler: scheduler_kind, timings, warnings })
     }
+}
+
+/// Whether the VAE overflows in float16.
+fn force_upcast(vae_config: &Value) -> bool {
+    vae_config.get("force_upcast").and_then(Value::as_bool).unwrap_or(true)
 }
 
 /// A JPEG: a preview is small and soon gone.

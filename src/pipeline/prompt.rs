@@ -48,17 +48,10 @@ impl PromptEncoder<'_> {
     ) -> Result<Conditions> {
         let texts = [&params.prompt, non_empty(&params.prompt_2).unwrap_or(&params.prompt)];
         let positive = self.encode_texts(texts, params.clip_skip, ["prompt", "prompt_2"], warnings)?;
-        let mut rows = vec![(positive, self.time_ids(params, false))];
+        let mut rows = vec![(positive, self.time_ids(params))];
         if do_classifier_free_guidance {
             let negative = self.encode_negative(params, &rows[0].0, warnings)?;
-            if params.negative_original_size.is_some() != params.negative_target_size.is_some() {
-                warnings.push(
-                    "negative_original_size and negative_target_size act only together; the one given was not used"
-                        .into(),
-                );
-            }
-            let negative_sizes = params.negative_original_size.is_some() && params.negative_target_size.is_some();
-            rows.insert(0, (negative, self.time_ids(params, negative_sizes)));
+            rows.insert(0, (negative, self.negative_time_ids(params, warnings)));
         }
 
         let num_images = params.num_images as i64;
@@ -131,15 +124,40 @@ impl PromptEncoder<'_> {
         })
     }
 
-    /// Original size, crop and target size as one row, height before width: `[1, 6]`.
-    fn time_ids(&self, params: &GenerateParams, negative: bool) -> Tensor {
+    /// The row for the prompt.
+    fn time_ids(&self, params: &GenerateParams) -> Tensor {
         let own = [params.height, params.width];
-        let (original_size, crops, target_size) = if negative {
-            (params.negative_original_size, params.negative_crops_coords_top_left, params.negative_target_size)
-        } else {
-            (params.original_size, params.crops_coords_top_left, params.target_size)
-        };
-        let ids = [original_size.unwrap_or(own), crops.unwrap_or([0, 0]), target_size.unwrap_or(own)];
+        let (original_size, target_size) = (params.original_size.unwrap_or(own), params.target_size.unwrap_or(own));
+        self.time_ids_row(original_size, params.crops_coords_top_left, target_size)
+    }
+
+    /// The row for the negative prompt: from text the negative sizes act together and with their own crop; from a picture
+    /// each of them acts alone, and the crop is the prompt's.
+    fn negative_time_ids(&self, params: &GenerateParams, warnings: &mut Vec<String>) -> Tensor {
+        let (original_size, target_size) = (params.negative_original_size, params.negative_target_size);
+        if params.init.is_some() {
+            let own = [params.height, params.width];
+            let original_size = original_size.or(params.original_size).unwrap_or(own);
+            let target_size = target_size.or(params.target_size).unwrap_or(own);
+            return self.time_ids_row(original_size, params.crops_coords_top_left, target_size);
+        }
+        match (original_size, target_size) {
+            (Some(original_size), Some(target_size)) => {
+                self.time_ids_row(original_size, params.negative_crops_coords_top_left, target_size)
+            }
+            (one, other) => {
+                if one.is_some() || other.is_some() {
+                    let what = "negative_original_size and negative_target_size act only together";
+                    warnings.push(format!("{what}; the one given was not used"));
+                }
+                self.time_ids(params)
+            }
+        }
+    }
+
+    /// Original size, crop and target size as one row, height before width: `[1, 6]`.
+    fn time_ids_row(&self, original_size: [u32; 2], crop: Option<[u32; 2]>, target_size: [u32; 2]) -> Tensor {
+        let ids = [original_size, crop.unwrap_or([0, 0]), target_size];
         let ids: Vec<f32> = ids.concat().into_iter().map(|n| n as f32).collect();
         Tensor::from_slice(&ids).unsqueeze(0).to_kind(self.kind).to_device(self.device)
     }

@@ -63,6 +63,12 @@ impl Scheduler for DdimScheduler {
         sample.shallow_clone()
     }
 
+    fn add_noise(&self, original: &Tensor, noise: &Tensor, step: usize) -> Tensor {
+        let alpha_prod = Tensor::from(self.alphas_cumprod[self.timesteps[step] as usize]).to_kind(original.kind());
+        let root = |tensor: Tensor| tensor.pow_tensor_scalar(0.5).double_value(&[]);
+        original * root(alpha_prod.shallow_clone()) + noise * root(1.0 - alpha_prod)
+    }
+
     fn step(&mut self, model_output: &Tensor, step: usize, sample: &Tensor, noise: &mut NoiseSource) -> Result<Tensor> {
         let timestep = self.timesteps[step] as i64;
         let prev_timestep = timestep - self.step_ratio;

@@ -90,6 +90,10 @@ impl Scheduler for EulerDiscreteScheduler {
         sample / ((sigma * sigma + 1.0).sqrt() as f64)
     }
 
+    fn add_noise(&self, original: &Tensor, noise: &Tensor, step: usize) -> Tensor {
+        original + noise * rounded(self.sigmas[step], original.kind())
+    }
+
     fn step(&mut self, model_output: &Tensor, step: usize, sample: &Tensor, _: &mut NoiseSource) -> Result<Tensor> {
         let sigma = self.sigmas[step];
         // float32, since neighbouring sigmas differ by less than half precision holds
@@ -106,6 +110,11 @@ impl Scheduler for EulerDiscreteScheduler {
         let dt = self.sigmas[step + 1] - sigma;
         Ok((sample + derivative * dt as f64).to_kind(model_output.kind()))
     }
+}
+
+/// A number as a tensor of that dtype would hold it.
+fn rounded(value: f32, kind: Kind) -> f64 {
+    Tensor::from(value).to_kind(kind).double_value(&[])
 }
 
 /// Sigmas spaced evenly in their seventh root; equation 5 of arXiv 2206.00364.

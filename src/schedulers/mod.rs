@@ -28,6 +28,9 @@ pub trait Scheduler {
     /// The UNet's input for `sample` at `step`.
     fn scale_model_input(&self, sample: &Tensor, step: usize) -> Tensor;
 
+    /// `original` as it is before `step`, given this noise: where a run starts that does not start from noise alone.
+    fn add_noise(&self, original: &Tensor, noise: &Tensor, step: usize) -> Tensor;
+
     /// The sample one step less noisy. `model_output` and `sample` have the shape of the latents.
     fn step(&mut self, model_output: &Tensor, step: usize, sample: &Tensor, noise: &mut NoiseSource) -> Result<Tensor>;
 }

@@ -13,11 +13,20 @@ impl NoiseSource {
         Ok(NoiseSource(generators.collect::<anyhow::Result<_>>()?))
     }
 
+    pub fn num_images(&self) -> usize {
+        self.0.len()
+    }
+
     /// Noise `[num_images, ...shape]` on the CPU, drawn in `kind`: the draw depends on the dtype.
     pub fn randn(&mut self, shape: &[i64], kind: Kind) -> Result<Tensor> {
         let one: Vec<i64> = std::iter::once(1).chain(shape.iter().copied()).collect();
         let images: Vec<Tensor> = self.0.iter_mut().map(|g| g.randn(&one, kind)).collect::<anyhow::Result<_>>()?;
         Ok(Tensor::cat(&images, 0))
+    }
+
+    /// Noise `shape` on the CPU, from the generator of one image.
+    pub fn randn_of(&mut self, image: usize, shape: &[i64], kind: Kind) -> Result<Tensor> {
+        Ok(self.0[image].randn(shape, kind)?)
     }
 
     /// Noise with the shape, dtype and device of `tensor`, `[num_images, ...]`.

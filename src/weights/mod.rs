@@ -54,6 +54,11 @@ impl Weights {
         Ok(())
     }
 
+    /// Of what has been bound so far.
+    pub fn bytes(&self) -> u64 {
+        self.loaded.values().map(|tensor| (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64).sum()
+    }
+
     fn tensor(&mut self, name: &str) -> Result<Tensor> {
         if let Some(tensor) = self.loaded.get(name) {
             return Ok(tensor.shallow_clone());

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -19,14 +20,39 @@ import manifest
 import tiny_models
 import tracing
 from configs import ExportError, shaping
-from graphs import KINDS, Size, TextEncoder, UNet, VaeDecoder
+from graphs import (
+    KINDS,
+    ControlNet,
+    ControlNetEmbed,
+    ControlNetUnion,
+    Size,
+    TextEncoder,
+    UNet,
+    UNetControl,
+    VaeDecoder,
+    scaled,
+)
 
 VAE = shaping("AutoencoderKL", tiny_models.VAE)
 UNET = shaping("UNet2DConditionModel", tiny_models.UNET)
 TEXT = shaping("CLIPTextModel", tiny_models.TEXT)
+NET = shaping("ControlNetModel", tiny_models.controlnet_config("small", tiny_models.UNET))
+UNION = shaping("ControlNetUnionModel", tiny_models.controlnet_config("union", tiny_models.UNET))
 
 # Components of a whole pipeline, in both dtypes: a 16-bit set carries the VAE in float32 too.
-SET_32 = {"text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"}
+SET_32 = {"text_encoder", "text_encoder_2", "unet", "unet_control", "vae_decoder", "vae_encoder"}
+
+# Where the weights of a component are that is not named as its folder.
+FOLDERS = {"unet_control": "unet", "vae_decoder": "vae", "vae_encoder": "vae"}
+
+# Models and nets whose graphs are run with their weights.
+RUN = {
+    "default": SET_32,
+    "inpaint": {"unet", "unet_control"},
+    "default-plain": {"controlnet_embed", "controlnet"},
+    "second-small": {"controlnet_embed", "controlnet"},
+    "second-union8": {"controlnet_union_embed", "controlnet_union"},
+}
 
 
 def entries(folder: Path) -> list[manifest.Entry]:
@@ -43,33 +69,36 @@ def weights(component: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def default_entries(test_models) -> dict[str, manifest.Entry]:
-    """The default model's graphs by component."""
-    models = configs.read_model(test_models["default"])
-    files = {job.file for job in configs.jobs(models, ["float32"])}
-    return {entry["component"]: entry for entry in entries(test_models["graphs"]) if entry["file"] in files}
+def made(test_models) -> dict[str, dict[str, manifest.Entry]]:
+    """What the manifest says of each model and net, by component."""
+    by_file = {entry["file"]: entry for entry in entries(test_models["graphs"])}
+    return {
+        name: {job.component: by_file[job.file] for job in configs.jobs(configs.read_model(folder), ["float32"])}
+        for name, folder in {name: test_models["default"].parent / name for name in RUN}.items()
+    }
 
 
-def test_one_manifest_describes_the_graphs_of_both_models(test_models):
+def test_one_manifest_describes_the_graphs_of_all_models(made, test_models):
+    assert all(RUN[name] <= components.keys() for name, components in made.items())
     graphs = entries(test_models["graphs"])
-    assert sorted(entry["component"] for entry in graphs) == sorted([*SET_32, *SET_32])
     assert {entry["file"] for entry in graphs} == {path.name for path in test_models["graphs"].glob("*.pt")}
     for entry in graphs:
         assert entry["config"].keys() == entry["defaults"].keys()
         assert "sample_size" not in entry["config"] and "scaling_factor" not in entry["config"]
 
 
-@pytest.mark.parametrize("component", sorted(SET_32))
-def test_a_graph_answers_as_its_entry_says_and_carries_the_hubs_names(component, default_entries, test_models):
-    entry = default_entries[component]
+@pytest.mark.parametrize(("model", "component"), [(model, part) for model in RUN for part in sorted(RUN[model])])
+def test_a_graph_answers_as_its_entry_says_and_carries_the_hubs_names(model, component, made, test_models):
+    entry = made[model][component]
     graph = torch.jit.load(test_models["graphs"] / entry["file"])
     parameters = dict(graph.named_parameters())
     assert {name: list(value.shape) for name, value in parameters.items()} == entry["parameters"]
 
-    values = weights(test_models["default"] / ("vae" if component.startswith("vae") else component))
+    folder = test_models["default"].parent / model
+    values = weights(folder if component.startswith("controlnet") else folder / FOLDERS.get(component, component))
     assert parameters.keys() <= values.keys()
     tracing.fill(graph, values)
-    size = Size(3, 5, 6)
+    size = Size(3, 5, 6, conditions=4)
     inputs = []
     for port in entry["inputs"]:
         shape = [size.of(dimension) for dimension in port["shape"]]
@@ -83,21 +112,40 @@ def test_a_graph_answers_as_its_entry_says_and_carries_the_hubs_names(component,
         assert output.isfinite().all()
 
 
-def test_the_graphs_of_a_model_cover_every_tensor_of_its_files(default_entries, test_models):
-    for component in ("text_encoder", "text_encoder_2", "unet"):
-        assert default_entries[component]["parameters"].keys() == weights(test_models["default"] / component).keys()
-    halves = [default_entries[half]["parameters"].keys() for half in ("vae_decoder", "vae_encoder")]
-    assert halves[0] | halves[1] == weights(test_models["default"] / "vae").keys()
+def test_the_graphs_of_a_model_cover_every_tensor_of_its_files(made, test_models):
+    for component in ("text_encoder", "text_encoder_2", "unet", "unet_control"):
+        folder = test_models["default"] / FOLDERS.get(component, component)
+        assert made["default"][component]["parameters"].keys() == weights(folder).keys()
+    vae = test_models["default"] / "vae"
+    nets = {name: test_models["default"].parent / name for name in RUN if "-" in name}
+    for folder, graphs in [(vae, made["default"])] + [(nets[name], made[name]) for name in nets]:
+        halves = [graphs[half]["parameters"].keys() for half in graphs if half.startswith(("vae", "controlnet"))]
+        assert len(halves) == 2 and not halves[0] & halves[1]
+        assert halves[0] | halves[1] == weights(folder).keys()
+
+
+def test_residuals_of_a_net_are_the_further_inputs_of_its_unet(made):
+    control = made["default"]["unet_control"]["inputs"]
+    assert control[:5] == made["default"]["unet"]["inputs"]
+    assert control[5:] == made["default-plain"]["controlnet"]["outputs"]
+    shapes = {port["name"]: port["shape"] for port in control}
+    assert shapes["down_0"] == ["B", 16, "h", "w"]
+    assert shapes["down_3"] == ["B", 16, "h/2", "w/2"]
+    assert shapes["mid"] == ["B", 48, "h/4", "w/4"]
+    assert [Size(1, 9, 8).of(dimension) for dimension in ("8h", "h/2", "h/4", "w/4")] == [72, 5, 3, 2]
+    assert made["inpaint"]["unet"]["inputs"][0]["shape"] == ["B", 9, "h", "w"]
 
 
 def test_a_sixteen_bit_set_takes_timesteps_in_float32_and_brings_the_vae_in_float32(test_models, tmp_path):
-    arguments = ["--model", str(test_models["default"] / "vae"), "--model", str(test_models["default"] / "unet")]
+    folders = [test_models["default"] / "vae", test_models["default"].parent / "second-union8"]
+    arguments = [argument for folder in folders for argument in ("--model", str(folder))]
     assert export.main([*arguments, "--dtype", "float16", "--out", str(tmp_path)]) == 0
     made = {(entry["component"], entry["dtype"]): entry for entry in entries(tmp_path)}
     halves = {(half, dtype) for half in ("vae_decoder", "vae_encoder") for dtype in ("float16", "float32")}
-    assert made.keys() == {("unet", "float16")} | halves
-    dtypes = {port["name"]: port["dtype"] for port in made["unet", "float16"]["inputs"]}
-    assert dtypes.pop("timestep") == "float32" and set(dtypes.values()) == {"float16"}
+    assert made.keys() == {("controlnet_union", "float16"), ("controlnet_union_embed", "float16")} | halves
+    dtypes = {port["name"]: port["dtype"] for port in made["controlnet_union", "float16"]["inputs"]}
+    assert dtypes.pop("timestep") == dtypes.pop("scales") == "float32" and dtypes.pop("task_ids") == "int64"
+    assert set(dtypes.values()) == {"float16"}
 
 
 def test_a_second_export_keeps_what_is_there_without_loading_torch(test_models):
@@ -128,8 +176,53 @@ def test_models_that_differ_only_in_data_share_their_graphs():
     plain = shaping("AutoencoderKL", tiny_models.VAE)
     assert plain == shaping("AutoencoderKL", tiny_models.VAE | {"scaling_factor": 1.0, "force_upcast": False})
     assert plain != shaping("AutoencoderKL", tiny_models.VAE | {"layers_per_block": 2})
+    union = shaping("ControlNetUnionModel", tiny_models.controlnet_config("union8", tiny_models.UNET))
+    assert union == UNION | {"num_control_type": 8}
     # What an older diffusers left out of the file, or wrote as null, means the default.
     assert UNET["upcast_attention"] is False and UNET["conv_in_kernel"] == 3
+
+
+@pytest.mark.parametrize(
+    ("config", "tensor", "component"),
+    [
+        ({}, "conv_in.weight", "controlnet"),
+        ({"num_control_type": 8}, None, "controlnet_union"),
+        ({}, "task_embedding", "controlnet_union"),
+        ({"_class_name": "ControlNetUnionModel"}, None, "controlnet_union"),
+    ],
+)
+def test_a_union_net_is_known_even_where_its_class_is_not(config, tensor, component, tmp_path):
+    tiny_models.write_json(tmp_path / "config.json", {"_class_name": "ControlNetModel"} | config)
+    if tensor:
+        tiny_models.write_weights(tmp_path / "net.safetensors", {tensor: np.zeros(1, dtype=np.float32)})
+    assert component in configs.COMPONENTS[configs.read_model(tmp_path)[0][0]]
+
+
+class Scales(VaeDecoder):
+    def forward(self, latents):
+        return (super().forward(latents)[0] / 1.0 * 1 * 2.0,)
+
+
+def test_products_with_one_are_left_out_and_others_are_not():
+    graph = tracing.trace(Scales, VAE, "float32").inlined_graph
+    products = [node for node in tracing.all_nodes(graph) if node.kind() in ("aten::mul", "aten::div")]
+    numbers = [list(node.inputs())[1].toIValue() for node in products]  # None is a tensor
+    assert [number for number in numbers if number is not None] == [2.0]
+
+    class Counts(torch.nn.Module):
+        def forward(self, counts):
+            return counts / 1
+
+    graph = torch.jit.trace(Counts(), torch.ones(2, dtype=torch.int64)).graph
+    tracing.drop_no_ops(graph)
+    assert "aten::div" in str(graph)  # what it makes of integers is a floating tensor
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_product_with_a_scale_is_that_with_a_number(dtype):
+    tensor = torch.randn(1000).to(getattr(torch, dtype))
+    for scale in (0.7, 1.0, 1.3333333):
+        assert torch.equal(scaled(tensor, torch.tensor([scale])[0]), tensor * scale)
 
 
 # --- Exports that must fail ---
@@ -184,6 +277,36 @@ class LastToken(TextEncoder):
         return pooled + 0.001
 
 
+class NoMid(UNetControl):
+    def forward(self, *inputs):
+        return super().forward(*inputs[:-1], inputs[-1] * 0)
+
+
+class NoImage(ControlNet):
+    def forward(self, *inputs):
+        return super().forward(*inputs[:-1], inputs[-1] * 0)
+
+
+class SwappedColours(ControlNetEmbed):
+    def forward(self, image):
+        return super().forward(image.flip(1))
+
+
+class OneTask(ControlNetUnion):
+    def fuse(self, sample, conditions, task_ids, scales):
+        return super().fuse(sample, conditions, task_ids * 0, scales)
+
+
+class TwoConditions(ControlNetUnion):
+    def fuse(self, sample, conditions, task_ids, scales):
+        return super().fuse(sample, conditions[:2], task_ids[:2], scales[:2])
+
+
+class LastConditionFirst(ControlNetUnion):
+    def fuse(self, sample, conditions, task_ids, scales):
+        return super().fuse(sample, conditions.flip(0), task_ids.flip(0), scales.flip(0))
+
+
 @pytest.mark.parametrize(
     ("kind", "config", "fault"),
     [
@@ -192,6 +315,12 @@ class LastToken(TextEncoder):
         (StuckTimestep, UNET, "differs from eager"),
         (NoPool, TEXT, "outputs, eager has"),
         (LastToken, TEXT, "differs from eager"),
+        (NoMid, UNET, "differs from eager"),
+        (NoImage, NET, "differs from eager"),
+        (SwappedColours, NET, "differs from eager"),
+        (OneTask, UNION, "differs from eager"),
+        (TwoConditions, UNION, "conditions=3.*differs from eager"),
+        (LastConditionFirst, UNION, "differs from eager"),  # sums of another order round otherwise
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -215,10 +344,19 @@ def test_a_default_that_is_not_the_librarys_is_refused(monkeypatch):
         checks.defaults(UNet)
 
 
-def test_a_unet_of_another_kind_is_refused(tmp_path, capsys):
-    tiny_models.write_json(tmp_path / "unet" / "config.json", tiny_models.UNET | {"addition_embed_type": "text"})
-    assert export.main(["--model", str(tmp_path / "unet"), "--out", str(tmp_path / "graphs")]) == 1
-    assert "addition_embed_type" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("config", "change"),
+    [
+        (tiny_models.UNET, {"addition_embed_type": "text"}),
+        (tiny_models.controlnet_config("plain", tiny_models.UNET), {"num_class_embeds": 4}),
+        (tiny_models.controlnet_config("union", tiny_models.UNET), {"controlnet_conditioning_channel_order": "bgr"}),
+    ],
+    ids=lambda value: value.get("_class_name", ""),
+)
+def test_a_denoiser_of_another_kind_is_refused(config, change, tmp_path, capsys):
+    tiny_models.write_json(tmp_path / "net" / "config.json", config | change)
+    assert export.main(["--model", str(tmp_path / "net"), "--out", str(tmp_path / "graphs")]) == 1
+    assert next(iter(change)) in capsys.readouterr().err
     assert not list((tmp_path / "graphs").iterdir())
 
 
@@ -233,7 +371,28 @@ def test_a_folder_that_is_no_model_is_an_error_in_words(content, words, tmp_path
     assert words in capsys.readouterr().err
 
 
-# --- The default model ---
+# --- Switches that the tiny nets leave alone ---
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (ControlNet, NET | {"mid_block_type": "UNetMidBlock2D", "global_pool_conditions": True}),
+        (ControlNet, NET | {"down_block_types": ["DownBlock2D"] * 3, "transformer_layers_per_block": [0, 0, 0]}),
+        (ControlNet, NET | {"controlnet_conditioning_channel_order": "bgr"}),
+        (ControlNetEmbed, NET | {"controlnet_conditioning_channel_order": "bgr"}),
+    ],
+)
+def test_a_net_equals_the_librarys(kind, config):
+    checks.equals_eager(kind, config, "float32")
+
+
+@pytest.mark.parametrize("trans_layers", [1, 2])
+def test_a_union_net_equals_the_librarys_in_bfloat16(trans_layers):
+    checks.equals_eager(ControlNetUnion, UNION | {"num_trans_layer": trans_layers}, "bfloat16")
+
+
+# --- The models of random weights ---
 
 
 def test_the_tiny_model_is_the_same_bytes_every_time(test_models, tmp_path):
@@ -242,6 +401,15 @@ def test_the_tiny_model_is_the_same_bytes_every_time(test_models, tmp_path):
     for file in files:
         assert (tmp_path / "again" / file).read_bytes() == (test_models["default"] / file).read_bytes(), file
     assert sum((tmp_path / "again" / file).stat().st_size for file in files) < 8_000_000
+
+
+@pytest.mark.parametrize("net", tiny_models.CONTROLNETS)
+def test_a_tiny_net_is_the_same_bytes_every_time_and_no_part_of_it_is_silent(net, test_models, tmp_path):
+    tiny_models.write_controlnet(tmp_path / "again", net, tiny_models.VARIANTS["second"])
+    there = test_models["default"].parent / f"second-{net}"
+    for file in ("config.json", "diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "again" / file).read_bytes() == (there / file).read_bytes(), file
+    assert all(tensor.any() for tensor in weights(tmp_path / "again").values())
 
 
 def test_the_small_vocabulary_tokenizes_as_clip_does(test_models):
@@ -273,3 +441,21 @@ def test_the_whole_of_sdxl_is_exported(dtype, tmp_path):
     assert sum((tmp_path / entry["file"]).stat().st_size for entry in made) < 15_000_000
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     assert peak < 3_000_000_000
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("arch", "tensors"),
+    [
+        ("controlnet", 844),
+        ("controlnet_mid", 224),
+        ("controlnet_small", 140),
+        ("controlnet_union", 863),
+        ("controlnet_union_promax", 863),
+        ("unet_inpaint", 1680),
+    ],
+)
+def test_every_architecture_is_exported(arch, tensors, tmp_path):
+    command = [sys.executable, export.__file__, "--arch", arch, "--dtype", "float16", "--out", str(tmp_path)]
+    subprocess.run(command, check=True)
+    assert len(set().union(*(entry["parameters"] for entry in entries(tmp_path)))) == tensors

@@ -4,25 +4,14 @@ Needs 7 GB of disk, in `target/full-size` (removed at the end; with KEEP=1 it st
 """
 
 import json
-import os
-import shutil
 import struct
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-FOLDER = ROOT / "target" / "full-size"
-DTYPE = "bfloat16"
-
-sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "torchscript")]
-from measure import Run, run  # noqa: E402
+from full_size import FullSize
 
 pytestmark = pytest.mark.full
 
@@ -34,43 +23,12 @@ FILES = {
     "text_encoder_2": "text_encoder_2/model.safetensors",
 }
 GRAPHS = {
-    "unet": ["unet"],
+    "unet": ["unet", "unet_control"],
     "vae": ["vae_encoder", "vae_decoder"],
     "text_encoder": ["text_encoder"],
     "text_encoder_2": ["text_encoder_2"],
 }
 UNET_PARAMETERS = 1680
-
-
-@dataclass
-class FullSize:
-    model: Path
-    graphs: Path
-
-    def generate(self, worker: Path, out: Path, *options: object) -> Run:
-        """One step of a 256x256 picture, in the file's dtype: the weights stay mapped."""
-        request = ["--prompt", "a red fox in the snow", "--width", 256, "--height", 256, "--steps", 1, "--seed", 7]
-        files = ["--model", self.model, "--graphs", self.graphs, "--output", out]
-        command = [worker, "generate", "--device", "cpu", "--dtype", DTYPE, *files, *request, *options]
-        return run([str(part) for part in command], check=False)
-
-
-@pytest.fixture(scope="module")
-def full_size() -> Iterator[FullSize]:
-    made = FullSize(FOLDER / "model", FOLDER / "graphs")
-    if not made.model.is_dir():
-        checkpoint = ROOT / "bench" / "random_checkpoint.py"
-        script(checkpoint, "--arch", "sdxl", "--dtype", DTYPE, "--out", made.model)
-    script(ROOT / "torchscript" / "export.py", "--arch", "sdxl", "--dtype", DTYPE, "--out", made.graphs)
-    yield made
-    if not os.environ.get("KEEP"):
-        shutil.rmtree(FOLDER)
-
-
-def script(path: Path, *options: object) -> None:
-    started = time.monotonic()
-    subprocess.run([sys.executable, str(path), *map(str, options)], check=True, stdout=subprocess.DEVNULL)
-    print(f"{path.name}: {time.monotonic() - started:.0f} s")
 
 
 def read_header(file: Path) -> dict[str, object]:

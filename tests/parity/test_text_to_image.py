@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 
-from support import Case, Reference, check
+from support import Case, Reference, check, pairwise, product
 
 AXES = {
     "scheduler": ("euler", "ddim"),
@@ -19,25 +17,6 @@ AXES = {
 SIZES = {"square": {}, "tall": {"width": 72, "height": 136}}  # tall is a multiple of 8, not of 32
 NEGATIVES = {"absent": {}, "empty": {"negative_prompt": ""}, "given": {"negative_prompt": "blurry, low quality"}}
 OTHER_PROMPT = {"prompt": "a blue ship under a starry sky"}
-
-
-def product() -> list[dict]:
-    return [dict(zip(AXES, values)) for values in itertools.product(*AXES.values())]
-
-
-def pairs(values: dict) -> set:
-    return {frozenset(pair) for pair in itertools.combinations(values.items(), 2)}
-
-
-def pairwise() -> list[dict]:
-    """The fewest rows a greedy choice finds in which every two values of two axes meet."""
-    rows: list[dict] = []
-    missing = set().union(*(pairs(row) for row in product()))
-    while missing:
-        best = max(product(), key=lambda row: len(pairs(row) & missing))
-        rows.append(best)
-        missing -= pairs(best)
-    return rows
 
 
 def combined(values: dict) -> Case:
@@ -55,8 +34,8 @@ def combined(values: dict) -> Case:
     return Case("-".join(map(str, values.values())), request, changes, model=values["model"])
 
 
-COVER = [combined(values) for values in pairwise()]
-PRODUCT = [combined(values) for values in product()]
+COVER = [combined(values) for values in pairwise(AXES)]
+PRODUCT = [combined(values) for values in product(AXES)]
 
 V_ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 # What happens at the last step shows only where the smallest noise level is not small.
@@ -132,6 +111,6 @@ def test_every_combination_equals_diffusers(case, worker, test_models, reference
 
 
 def test_the_cover_meets_every_pair_and_every_value_at_least_twice():
-    rows = pairwise()
+    rows = pairwise(AXES)
     for axis, values in AXES.items():
         assert all(sum(row[axis] == value for row in rows) >= 2 for value in values), axis

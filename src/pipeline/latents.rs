@@ -1,0 +1,132 @@
+//! Where the denoising starts: noise, a picture with noise, or for inpainting a picture that keeps what is not masked.
+//! `prepare_latents` and `prepare_mask_latents` of diffusers' pipelines.
+
+use image::GrayImage;
+use tch::{Device, Kind, Tensor};
+
+use super::image_processor::preprocess;
+use crate::api::InitParams;
+use crate::error::Result;
+use crate::models::VaeEncoder;
+use crate::schedulers::{NoiseSource, Scheduler};
+
+/// What the denoising loop begins with.
+pub(super) struct Start {
+    /// `[num_images, 4, h, w]`
+    pub(super) latents: Tensor,
+    /// The first step that is run.
+    pub(super) step: usize,
+    pub(super) inpaint: Option<Inpaint>,
+}
+
+/// How inpainting enters a step.
+pub(super) enum Inpaint {
+    /// A UNet for inpainting is shown the mask and the masked picture's latents beside the sample: `[1, 5, h, w]`.
+    Show(Tensor),
+    /// With any other, what is not masked is put back after the step, with the noise that the next step expects.
+    PutBack {
+        /// 1 where it is repainted: `[1, 1, h, w]`.
+        mask: Tensor,
+        /// `[1, 4, h, w]`
+        image_latents: Tensor,
+        /// `[num_images, 4, h, w]`
+        noise: Tensor,
+    },
+}
+
+/// The pictures of a job as they are needed here.
+pub(super) struct InitImage<'a> {
+    pub(super) params: &'a InitParams,
+    /// float32 `[1, 3, height, width]` in -1 to 1
+    pub(super) image: Tensor,
+    pub(super) mask: Option<&'a GrayImage>,
+    pub(super) encoder: &'a VaeEncoder,
+    pub(super) encode_by_tiles: bool,
+}
+
+/// Noise alone.
+pub(super) fn from_noise(
+    shape: [i64; 3],
+    (kind, device): (Kind, Device),
+    scheduler: &dyn Scheduler,
+    noise: &mut NoiseSource,
+) -> Result<Start> {
+    let latents = noise.randn(&shape, kind)?.to_device(device) * scheduler.init_noise_sigma();
+    Ok(Start { latents, step: 0, inpaint: None })
+}
+
+/// A picture with as much noise as its strength asks for.
+///
+/// The draws come in diffusers' order. For inpainting that is: the picture's latents from the first image's generator
+/// alone, every image's noise, the masked picture's latents from the first again.
+pub(super) fn from_image(
+    init: &InitImage,
+    shape: [i64; 3],
+    (kind, device): (Kind, Device),
+    has_inpainting_unet: bool,
+    scheduler: &dyn Scheduler,
+    noise: &mut NoiseSource,
+) -> Result<Start> {
+    let steps = scheduler.timesteps().len();
+    let strength = init.params.strength;
+    let step = steps - ((steps as f64 * strength) as usize).min(steps);
+    let image = init.image.to_kind(kind).to_device(device);
+    let encode = |image: &Tensor, generator: usize, noise: &mut NoiseSource, centred: bool| -> Result<Tensor> {
+        let encoder = init.encoder;
+        let latents = encoder.encode(image, init.encode_by_tiles)?;
+        let drawn = noise.randn_of(generator, &latents.size(), encoder.kind())?.to_device(device);
+        Ok(encoder.scale(&latents.sample(&drawn).to_kind(kind), centred))
+    };
+    let Some(mask) = init.mask else {
+        let images = (0..noise.num_images()).map(|i| encode(&image, i, noise, true));
+        let image_latents = Tensor::cat(&images.collect::<Result<Vec<_>>>()?, 0);
+        let noise = noise.randn(&shape, kind)?.to_device(device);
+        return Ok(Start { latents: scheduler.add_noise(&image_latents, &noise, step), step, inpaint: None });
+    };
+
+    let mask = mask_tensor(mask).to_device(device);
+    let from_noise_alone = strength == 1.0;
+    let image_latents =
+        if has_inpainting_unet && from_noise_alone { None } else { Some(encode(&image, 0, noise, false)?) };
+    let drawn = noise.randn(&shape, kind)?.to_device(device);
+    let latents = match &image_latents {
+        Some(image_latents) if !from_noise_alone => scheduler.add_noise(image_latents, &drawn, step),
+        _ => &drawn * scheduler.init_noise_sigma(),
+    };
+    let masked_image = (&init.image.to_device(device) * mask.lt(0.5)).to_kind(kind);
+    let masked_image_latents = encode(&masked_image, 0, noise, false)?;
+    let (height, width) = (shape[1], shape[2]);
+    let mask = mask.upsample_nearest2d([height, width], None, None).to_kind(kind);
+    let inpaint = match image_latents {
+        Some(image_latents) if !has_inpainting_unet => Inpaint::PutBack { mask, image_latents, noise: drawn },
+        _ => Inpaint::Show(Tensor::cat(&[mask, masked_image_latents], 1)),
+    };
+    Ok(Start { latents, step, inpaint: Some(inpaint) })
+}
+
+impl Inpaint {
+    /// What the UNet is given: the scaled latents, for a UNet for inpainting with what it is shown.
+    pub(super) fn model_input(&self, scaled: &Tensor) -> Tensor {
+        match self {
+            Inpaint::Show(extra) => Tensor::cat(&[scaled, &extra.expand([scaled.size()[0], -1, -1, -1], false)], 1),
+            Inpaint::PutBack { .. } => scaled.shallow_clone(),
+        }
+    }
+
+    /// The latents after `step`, what is not masked put back.
+    pub(super) fn after_step(&self, latents: Tensor, step: usize, scheduler: &dyn Scheduler) -> Tensor {
+        let Inpaint::PutBack { mask, image_latents, noise } = self else { return latents };
+        let next = step + 1;
+        let kept = if next < scheduler.timesteps().len() {
+            scheduler.add_noise(image_latents, noise, next)
+        } else {
+            image_latents.shallow_clone()
+        };
+        (1.0 - mask) * kept + mask * latents
+    }
+}
+
+/// float32 `[1, 1, height, width]`: 1 where it is repainted.
+fn mask_tensor(mask: &GrayImage) -> Tensor {
+    preprocess(mask.as_raw(), mask.width(), mask.height(), 1).ge(0.5).to_kind(Kind::Float)
+}
