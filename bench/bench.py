@@ -23,6 +23,9 @@ from measure import ROOT, Command, Gpu, Peaks, Row, machine, noise_band, run, ta
 WORKER = ROOT / "target" / "release" / "sdxl-worker"
 REFERENCE = Path(__file__).with_name("reference.py")
 SCRATCH = ROOT / "target" / "bench"
+CONTROL_STEPS = 5
+# With what is computed once for all steps, such as the condition of a control map, which diffusers computes at each.
+STEP_PHASES = ("prepare", "denoise")
 # To pixels: no file is encoded on the other side, so ours does not count either.
 PHASES = ("encode_prompt", "prepare", "denoise", "decode")
 
@@ -125,9 +128,9 @@ def control_requests(scratch: Path) -> dict[str, tuple[dict[str, object], list[s
     models = [part for folder in (ROOT / "models" / "tiny", *folders.values()) for part in ("--model", folder)]
     run([sys.executable, scripts / "export.py", *models, "--out", scratch / "graphs"])
     out = io.BytesIO()
-    Image.linear_gradient("L").resize((256, 256)).save(out, "PNG")
+    Image.linear_gradient("L").resize((512, 512)).save(out, "PNG")
     control = {"image": base64.b64encode(out.getvalue()).decode()}
-    plain = REQUEST | {"width": 256, "height": 256, "num_inference_steps": 10}
+    plain = REQUEST | {"width": 512, "height": 512, "num_inference_steps": CONTROL_STEPS}
 
     def case(net: str, *modes: int | None) -> tuple[dict[str, object], list[str]]:
         entries = [control | {"model": net} | ({} if mode is None else {"mode": mode}) for mode in modes]
@@ -152,16 +155,16 @@ def measure_control(scratch: Path, same: list[str], blocks: int, warm_up: int, m
             for side in both:
                 side.measure_block(warm_up, measured)
         print(f"control block {block + 1} of {blocks}", file=sys.stderr, flush=True)
-    steps = {name: [side.middle("denoise") for side in both] for name, both in cases.items()}
+    steps = {name: [side.middle(*STEP_PHASES) for side in both] for name, both in cases.items()}
 
     def row(quantity: str, with_it: str, without: str) -> Row:
         ours, theirs = (a / b for a, b in zip(steps[with_it], steps[without]))
-        bands = [noise_band(cases[name][0].values("denoise")) for name in (with_it, without)]
+        bands = [noise_band(cases[name][0].values(*STEP_PHASES)) for name in (with_it, without)]
         noise = None if None in bands else (bands[0][0] / bands[1][1], bands[0][1] / bands[1][0])
         return Row(quantity, "x", ours, theirs, 1.0, noise)
 
     return [
-        Row("a step without a ControlNet, 256x256", "s", *(seconds / 10 for seconds in steps["none"])),
+        Row("a step without a ControlNet, 512x512", "s", *(seconds / CONTROL_STEPS for seconds in steps["none"])),
         row("a step with one ControlNet / without", "one", "none"),
         row("a union net: a step with one control / without", "union one", "none"),
         row("a union net: two controls / one", "union two", "union one"),
@@ -188,7 +191,7 @@ def main() -> None:
         side.starts.clear()
     measure(both, blocks, warm_up, measured, starts)
 
-    control_rows = measure_control(SCRATCH / "control", same, blocks, warm_up, measured)
+    control_rows = measure_control(SCRATCH / "control", same, 2, warm_up, measured)
 
     gb = 1e9
     rows = [
@@ -205,7 +208,7 @@ def main() -> None:
     print(
         f"models/tiny, 128x128, 25 steps, Euler, CFG 5, float32 on the CPU; {blocks} blocks of {measured} images after "
         f"{warm_up} warm-ups, {starts} starts each; medians; python bench/bench.py{' --quick' * options.quick}\n"
-        "Rows of ControlNets: 256x256, 10 steps; each side is a ratio of its own two step times.\n"
+        f"Rows of ControlNets: 512x512, {CONTROL_STEPS} steps; each side is a ratio of its own two step times.\n"
     )
     print(table(rows))
     if noisy(rows):

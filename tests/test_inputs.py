@@ -7,8 +7,11 @@ import io
 import json
 import struct
 import subprocess
+import threading
 import urllib.request
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -84,15 +87,27 @@ WRONG = {
 @pytest.fixture(scope="module")
 def worker_at(test_models) -> str:
     """The address of a worker with a net of one type and a union net."""
+    with serving(test_models) as (address, _):
+        yield address
+
+
+@contextmanager
+def serving(test_models, *options: object) -> Iterator[tuple[str, list[str]]]:
+    """A worker's address, and the lines that it logs."""
     nets = [f"--controlnet={name}={test_models['default']}-{name}" for name in ("plain", "union")]
     arguments = [PROGRAM, "serve", "--port", "0", "--model", test_models["default"], "--graphs", test_models["graphs"]]
     process = subprocess.Popen(
-        [*map(str, arguments), *nets], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment()
-    )
+        [*map(str, arguments), *nets, *options],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
     address = next(line for line in process.stderr if line.startswith("listening on")).split()[-1]
-    yield address
+    logged: list[str] = []
+    reader = threading.Thread(target=lambda: logged.extend(process.stderr))
+    reader.start()
+    yield address, logged
     process.terminate()
-    process.communicate(timeout=30)
+    process.wait(timeout=30)
+    reader.join()
 
 
 def ask(address: str, fields: dict) -> dict:
@@ -171,6 +186,33 @@ def test_time_that_a_finished_window_saves_is_told(worker_at):
     timings = ask(worker_at, control(end=0.5))["output"]["timings"]
     assert timings["controlnet_saved"] > 0
     assert "controlnet_saved" not in ask(worker_at, control())["output"]["timings"]
+
+
+def test_a_net_makes_room_for_another_and_comes_back(test_models):
+    alone = ("--controlnet-memory", "1K")
+    with serving(test_models, *alone) as (address, logged):
+        first, other, again = (image_of(ask(address, control(model=net))) for net in ("plain", "union", "plain"))
+        assert (first == again).all() and (first != other).any()
+    assert sum("dropped to make room" in line for line in logged) == 2
+    assert sum("ControlNet loaded" in line for line in logged) == 3
+
+
+def test_a_union_net_under_the_name_of_a_plain_one_is_known_by_its_weights(test_models, tmp_path):
+    net = test_models["default"].parent / "default-union"
+    (tmp_path / "net").mkdir()
+    config = json.loads((net / "config.json").read_text()) | {"_class_name": "ControlNetModel"}
+    (tmp_path / "net" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "num_control_type"}))
+    weights = "diffusion_pytorch_model.safetensors"
+    (tmp_path / "net" / weights).symlink_to(net / weights)
+    with serving(test_models, f"--controlnet=published={tmp_path / 'net'}") as (address, _):
+        published, union = (image_of(ask(address, control(model=name))) for name in ("published", "union"))
+    assert (published == union).all()
+
+
+def test_nets_that_fit_are_loaded_at_start(test_models):
+    with serving(test_models, "--preload-controlnets") as (address, logged):
+        ask(address, control())
+    assert sum("ControlNet loaded" in line for line in logged) == 2
 
 
 def test_files_of_the_command_line_make_a_picture_that_can_be_made_again(test_models, tmp_path):

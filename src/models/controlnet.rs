@@ -40,8 +40,11 @@ pub struct ControlNetConfig {
 }
 
 impl ControlNetConfig {
+    /// A union net is known by its class, but the published ones call themselves `ControlNetModel`: then by the key
+    /// `num_control_type`, or by its table of task embeddings.
+    ///
     /// # Errors
-    /// `controlnet_not_found`, `unsupported_model`.
+    /// `controlnet_not_found`, `unsupported_model`, and those of [`Checkpoint::open`].
     pub fn open(dir: &Path) -> Result<Self> {
         let remedy = "give --controlnet NAME=DIR a ControlNet in the diffusers layout (config.json and safetensors)";
         if !dir.is_dir() {
@@ -49,11 +52,15 @@ impl ControlNetConfig {
             return Err(Error::setup("controlnet_not_found", message).remedy(remedy));
         }
         let config = read_json(&dir.join("config.json"))?;
-        let num_control_type = match config.get("_class_name").and_then(Value::as_str) {
-            Some("ControlNetModel") => None,
-            Some("ControlNetUnionModel") => Some(integer(&config, "num_control_type", 6) as u32),
-            other => {
-                let class = other.unwrap_or("no class");
+        let class = config.get("_class_name").and_then(Value::as_str).unwrap_or("no class");
+        let num_control_type = match (class, config.get("num_control_type").and_then(Value::as_u64)) {
+            ("ControlNetModel" | "ControlNetUnionModel", Some(types)) => Some(types as u32),
+            ("ControlNetUnionModel", None) => Some(6),
+            ("ControlNetModel", None) => {
+                let weights = Checkpoint::open("controlnet", dir, &[None, Some("fp16")])?;
+                weights.shape("task_embedding").and_then(|shape| shape.first()).map(|&types| types as u32)
+            }
+            _ => {
                 let message = format!("{} is a model of {class}, no ControlNet", dir.display());
                 return Err(Error::setup("unsupported_model", message).remedy(remedy));
             }

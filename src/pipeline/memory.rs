@@ -58,6 +58,8 @@ impl StableDiffusionXlPipeline {
             _ => Bytes { unet: 96 * size_of(self.settings.kind), vae: 4 * size_of(self.vae.kind()) },
         };
         let unet = batch * latent_pixels * channels(&self.unet_config, 0) * bytes.unet;
+        // a ControlNet's residuals are as many as the UNet's own skips, and wait for it
+        let unet = if params.controls.is_empty() { unet } else { unet / 2 * 3 };
 
         let decoded = if self.decodes_in_tiles(params) { pixels.min(self.vae.tile_pixels()) } else { pixels };
         let vae = decoded * channels(&self.vae_config, 1) * bytes.vae;

@@ -46,7 +46,8 @@ impl Checkpoint {
         self.tensors.keys().map(String::as_str)
     }
 
-    pub(super) fn shape(&self, name: &str) -> Option<&[i64]> {
+    /// Of the tensor with this parameter name.
+    pub fn shape(&self, name: &str) -> Option<&[i64]> {
         let (file, stored) = self.tensors.get(name)?;
         self.files[*file].shape(stored)
     }
