@@ -4,7 +4,7 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use super::GraphSet;
-use super::model_dir::{integer, read_json};
+use super::model_dir::read_json;
 use super::unet::{INPUTS, Residuals, UNetInputs};
 use crate::error::{Error, Result};
 use crate::torch::Module;
