@@ -1,6 +1,6 @@
 """Ours beside diffusers on this machine: the small default model on the CPU.
 
-    make bench                            all of it, about 5 minutes on an idle machine
+    make bench                            all of it, about 10 minutes on an idle machine
     .venv/bin/python bench/bench.py --quick
 
 Every figure comes from this one run. The two programs alternate, in processes of their own, so that whatever else the

@@ -81,6 +81,13 @@ def segments() -> Image.Image:
     return Image.fromarray(picture)
 
 
+def repaint() -> Image.Image:
+    """The photo, black where something new is wanted."""
+    picture = photo()
+    ImageDraw.Draw(picture).rectangle((70, 20, 120, 100), fill=(0, 0, 0))
+    return picture
+
+
 def encoded(picture: Image.Image) -> str:
     out = io.BytesIO()
     picture.save(out, "PNG")
@@ -128,6 +135,7 @@ def main() -> None:
         "normal": normal(),
         "segment": segments(),
         "tile": photo(),
+        "repaint": repaint(),
     }
     for mode, picture in maps.items():
         made = generate([{"image": encoded(picture), "model": "union", "mode": mode}])

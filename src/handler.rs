@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use tch::Tensor;
 
 use crate::api::{
-    GenerateParams, GenerateRequest, GenerateResponse, ImageDetails, Limits, OutputFormat, ResponseFormat,
-    SchedulerKind, Timings, parse, validate,
+    GenerateParams, GenerateResponse, ImageDetails, Limits, OutputFormat, ResponseFormat, SchedulerKind, Timings,
+    parse, validate,
 };
 use crate::context::JobContext;
 use crate::engine::Engine;
@@ -71,11 +71,7 @@ impl Handler {
         if let Some(pictures) = Pictures::fetch(&request, &self.downloader, &context)? {
             timings.add("download", started.elapsed());
             let preparing = Instant::now();
-            params = validate(
-                GenerateRequest { seed: Some(params.seed as i64), ..request },
-                &self.limits,
-                Some(&pictures.facts()),
-            )?;
+            params = validate(request, &self.limits, Some(&pictures.facts()))?;
             (inputs, overlay) = pictures.prepare(&params)?;
             timings.add("prepare_images", preparing.elapsed());
         }

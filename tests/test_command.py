@@ -347,6 +347,8 @@ def test_an_interrupted_run_leaves_nothing_half_written(tmp_path: Path):
     process = subprocess.Popen(
         [str(PROGRAM), *arguments], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        # a shell's background job ignores it, and so would all that the job starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert any("model loaded" in line for line in process.stderr)
     process.send_signal(signal.SIGINT)

@@ -12,6 +12,8 @@ import urllib.request
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -92,13 +94,13 @@ def worker_at(test_models) -> str:
 
 
 @contextmanager
-def serving(test_models, *options: object) -> Iterator[tuple[str, list[str]]]:
+def serving(test_models, *options: object, **variables: object) -> Iterator[tuple[str, list[str]]]:
     """A worker's address, and the lines that it logs."""
     nets = [f"--controlnet={name}={test_models['default']}-{name}" for name in ("plain", "union")]
     arguments = [PROGRAM, "serve", "--port", "0", "--model", test_models["default"], "--graphs", test_models["graphs"]]
     process = subprocess.Popen(
         [*map(str, arguments), *nets, *options],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(),
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(**variables),
     )  # fmt: skip
     address = next(line for line in process.stderr if line.startswith("listening on")).split()[-1]
     logged: list[str] = []
@@ -158,6 +160,35 @@ SAME = {
 @pytest.mark.parametrize("image", SAME.values(), ids=SAME)
 def test_a_control_image_in_another_form_is_the_same(worker_at, image: str):
     assert (image_of(ask(worker_at, control(image=image))) == image_of(ask(worker_at, control(image=encode(SMOOTH))))).all()
+
+
+def test_pictures_are_fetched_from_where_they_are(test_models, tmp_path):
+    """Several, one of them by a redirect."""
+    SMOOTH.save(tmp_path / "map.png")
+
+    class Files(SimpleHTTPRequestHandler):
+        def do_GET(self):
+            if self.path == "/moved":
+                self.send_response(302)
+                self.send_header("Location", "/map.png")
+                self.end_headers()
+            else:
+                super().do_GET()
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Files, directory=tmp_path)) as host:
+        threading.Thread(target=host.serve_forever).start()
+        url = f"http://127.0.0.1:{host.server_port}"
+        with serving(test_models, RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS=1) as (address, _):
+            fetched = ask(address, {"image": f"{url}/map.png", "strength": 1} | control(image=f"{url}/moved"))
+            inline = ask(address, {"image": encode(SMOOTH), "strength": 1} | control(image=encode(SMOOTH)))
+            gone = ask(address, control(image=f"{url}/gone.png"))
+        host.shutdown()
+    assert (image_of(fetched) == image_of(inline)).all()
+    error = json.loads(gone["error"]) if isinstance(gone["error"], str) else gone["error"]
+    assert (error["code"], error["field"]) == ("download_failed", "controlnets[0].image")
 
 
 GRAY = SMOOTH.convert("L")

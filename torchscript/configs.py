@@ -20,6 +20,35 @@ class ExportError(Exception):
     """Something the person who runs the export can act on."""
 
 
+# What the UNet and the nets that control it have in common.
+DENOISER_KEYS: Config = {
+    "in_channels": 4,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "only_cross_attention": False,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+    "act_fn": "silu",
+    "norm_num_groups": 32,
+    "norm_eps": 1e-05,
+    "cross_attention_dim": 1280,
+    "transformer_layers_per_block": 1,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "attention_head_dim": 8,
+    "use_linear_projection": False,
+    "class_embed_type": None,
+    "addition_embed_type": None,
+    "addition_time_embed_dim": None,
+    "num_class_embeds": None,
+    "upcast_attention": False,
+    "resnet_time_scale_shift": "default",
+    "projection_class_embeddings_input_dim": None,
+}
+
 # Every key that changes the graph, with the default of its class (checked against the class at export). What is left
 # out is data or training (`sample_size`, `scaling_factor`, `force_upcast`, `dropout`, token ids).
 SHAPE_KEYS: dict[str, Config] = {
@@ -34,37 +63,14 @@ SHAPE_KEYS: dict[str, Config] = {
         "layer_norm_eps": 1e-05,
         "eos_token_id": 49407,  # 2 means: pool at the highest id
     },
-    "UNet2DConditionModel": {
-        "in_channels": 4,
+    "UNet2DConditionModel": DENOISER_KEYS
+    | {
         "out_channels": 4,
         "center_input_sample": False,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
         "mid_block_type": "UNetMidBlock2DCrossAttn",
         "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-        "only_cross_attention": False,
-        "block_out_channels": [320, 640, 1280, 1280],
-        "layers_per_block": 2,
-        "downsample_padding": 1,
-        "mid_block_scale_factor": 1,
-        "act_fn": "silu",
-        "norm_num_groups": 32,
-        "norm_eps": 1e-05,
-        "cross_attention_dim": 1280,
-        "transformer_layers_per_block": 1,
         "reverse_transformer_layers_per_block": None,
-        "encoder_hid_dim": None,
-        "encoder_hid_dim_type": None,
-        "attention_head_dim": 8,
         "dual_cross_attention": False,
-        "use_linear_projection": False,
-        "class_embed_type": None,
-        "addition_embed_type": None,
-        "addition_time_embed_dim": None,
-        "num_class_embeds": None,
-        "upcast_attention": False,
-        "resnet_time_scale_shift": "default",
         "resnet_skip_time_act": False,
         "resnet_out_scale_factor": 1.0,
         "time_embedding_type": "positional",
@@ -74,43 +80,19 @@ SHAPE_KEYS: dict[str, Config] = {
         "time_cond_proj_dim": None,
         "conv_in_kernel": 3,
         "conv_out_kernel": 3,
-        "projection_class_embeddings_input_dim": None,
         "attention_type": "default",
         "class_embeddings_concat": False,
         "mid_block_only_cross_attention": None,
         "cross_attention_norm": None,
     },
-    "ControlNetModel": {
-        "in_channels": 4,
+    "ControlNetModel": DENOISER_KEYS
+    | {
         "conditioning_channels": 3,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-        "only_cross_attention": False,
-        "block_out_channels": [320, 640, 1280, 1280],
-        "layers_per_block": 2,
-        "downsample_padding": 1,
-        "mid_block_scale_factor": 1,
-        "act_fn": "silu",
-        "norm_num_groups": 32,
-        "norm_eps": 1e-05,
-        "cross_attention_dim": 1280,
-        "transformer_layers_per_block": 1,
-        "encoder_hid_dim": None,
-        "encoder_hid_dim_type": None,
-        "attention_head_dim": 8,
         "num_attention_heads": None,
-        "use_linear_projection": False,
-        "class_embed_type": None,
-        "addition_embed_type": None,
-        "addition_time_embed_dim": None,
-        "num_class_embeds": None,
-        "upcast_attention": False,
-        "resnet_time_scale_shift": "default",
-        "projection_class_embeddings_input_dim": None,
         "controlnet_conditioning_channel_order": "rgb",
         "conditioning_embedding_out_channels": [16, 32, 96, 256],
         "global_pool_conditions": False,
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
     },
     "AutoencoderKL": {
         "in_channels": 3,
@@ -136,7 +118,7 @@ SHAPE_KEYS["ControlNetUnionModel"] = SHAPE_KEYS["ControlNetModel"] | {
     "num_trans_layer": 1,
     "num_proj_channel": 320,
 }
-SHAPE_KEYS["ControlNetModel"]["mid_block_type"] = "UNetMidBlock2DCrossAttn"  # a union net knows no other
+del SHAPE_KEYS["ControlNetUnionModel"]["mid_block_type"]  # a union net knows but one
 
 # The graphs made of each class.
 COMPONENTS: dict[str, tuple[str, ...]] = {

@@ -11,23 +11,24 @@ use crate::weights::{Checkpoint, Weights};
 
 /// The decoding half of `AutoencoderKL`.
 pub struct Vae {
-    decoder: Module,
-    kind: Kind,
-    latents: LatentSpace,
+    half: Half,
     pub latent_channels: i64,
     /// Pixels to a latent's side.
     pub scale_factor: i64,
-    /// Side of a tile in pixels: the size the model was trained for.
-    tile_sample_min_size: i64,
 }
 
 /// The encoding half, which only jobs that start from a picture need.
-pub struct VaeEncoder {
-    encoder: Module,
+pub struct VaeEncoder(Half);
+
+/// What the halves have in common.
+struct Half {
+    module: Module,
     kind: Kind,
     latents: LatentSpace,
-    scale_factor: i64,
+    /// Side of a tile in pixels: the size the model was trained for.
     tile_sample_min_size: i64,
+    /// The same in latents.
+    tile_latent_min_size: i64,
 }
 
 /// How the VAE's own latents become those of the UNet.
@@ -48,36 +49,33 @@ impl Vae {
         model: &Path,
         target: (Kind, Device),
     ) -> Result<Self> {
-        let decoder = load_half("vae_decoder", "latents", graphs, config, checkpoint, model, target)?;
         Ok(Vae {
-            decoder,
-            kind: target.0,
-            latents: LatentSpace::of(config),
+            half: Half::load(["vae_decoder", "vae_encoder"], "latents", graphs, config, checkpoint, model, target)?,
             latent_channels: integer(config, "latent_channels", 4),
             scale_factor: scale_factor(config),
-            tile_sample_min_size: integer(config, "sample_size", 32),
         })
     }
 
     pub fn kind(&self) -> Kind {
-        self.kind
+        self.half.kind
     }
 
     /// Pixels of a tile.
     pub fn tile_pixels(&self) -> u64 {
-        (self.tile_sample_min_size * self.tile_sample_min_size) as u64
+        (self.half.tile_sample_min_size * self.half.tile_sample_min_size) as u64
     }
 
     /// Pixels of one image, `[1, 3, height, width]` in -1 to 1, from latents as the UNet left them, `[1, 4, h, w]`.
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
-        run(&self.decoder, &self.latents.unscale(&latents.to_kind(self.kind)))
+        self.half.run(&self.half.latents.unscale(&latents.to_kind(self.half.kind)))
     }
 
     /// The same by overlapping tiles whose seams are blended: memory for one tile instead of the whole picture.
     /// As diffusers' `AutoencoderKL.tiled_decode`.
     pub fn tiled_decode(&self, latents: &Tensor) -> Result<Tensor> {
-        let (latent_size, sample_size) = (self.tile_sample_min_size / self.scale_factor, self.tile_sample_min_size);
-        tiled(&self.latents.unscale(&latents.to_kind(self.kind)), latent_size, sample_size, |z| run(&self.decoder, z))
+        let half = &self.half;
+        let z = half.latents.unscale(&latents.to_kind(half.kind));
+        tiled(&z, half.tile_latent_min_size, half.tile_sample_min_size, |tile| half.run(tile))
     }
 }
 
@@ -89,28 +87,21 @@ impl VaeEncoder {
         model: &Path,
         target: (Kind, Device),
     ) -> Result<Self> {
-        let encoder = load_half("vae_encoder", "image", graphs, config, checkpoint, model, target)?;
-        Ok(VaeEncoder {
-            encoder,
-            kind: target.0,
-            latents: LatentSpace::of(config),
-            scale_factor: scale_factor(config),
-            tile_sample_min_size: integer(config, "sample_size", 32),
-        })
+        Half::load(["vae_encoder", "vae_decoder"], "image", graphs, config, checkpoint, model, target).map(VaeEncoder)
     }
 
     pub fn kind(&self) -> Kind {
-        self.kind
+        self.0.kind
     }
 
     /// The distribution of the latents of one image, `[1, 3, height, width]` in -1 to 1; by tiles as
     /// [`Vae::tiled_decode`] where asked.
     pub fn encode(&self, image: &Tensor, by_tiles: bool) -> Result<LatentDistribution> {
-        let image = image.to_kind(self.kind);
-        let (latent_size, sample_size) = (self.tile_sample_min_size / self.scale_factor, self.tile_sample_min_size);
+        let half = &self.0;
+        let image = image.to_kind(half.kind);
         let moments = match by_tiles {
-            true => tiled(&image, sample_size, latent_size, |tile| run(&self.encoder, tile))?,
-            false => run(&self.encoder, &image)?,
+            true => tiled(&image, half.tile_sample_min_size, half.tile_latent_min_size, |tile| half.run(tile))?,
+            false => half.run(&image)?,
         };
         let mut halves = moments.chunk(2, 1);
         let log_variance = halves.pop().expect("two halves").clamp(-30.0, 20.0);
@@ -119,7 +110,39 @@ impl VaeEncoder {
 
     /// The VAE's latents as the UNet's; `centred` also applies the configuration's mean and standard deviation.
     pub fn scale(&self, latents: &Tensor, centred: bool) -> Tensor {
-        self.latents.scale(latents, centred)
+        self.0.latents.scale(latents, centred)
+    }
+}
+
+impl Half {
+    /// Loads the graph of the first component; the second's tensors in the file are known, and left alone.
+    fn load(
+        [component, other]: [&str; 2],
+        input: &str,
+        graphs: &GraphSet,
+        config: &Value,
+        checkpoint: Checkpoint,
+        model: &Path,
+        (kind, device): (Kind, Device),
+    ) -> Result<Self> {
+        let entry = graphs.find(component, kind, config, model)?;
+        entry.expect_inputs(&[input])?;
+        let other = graphs.find(other, kind, config, model)?;
+        let module = graphs.load(entry, device)?;
+        Weights::new(checkpoint, device, kind)
+            .bind(&module, |name| entry.has_parameter(name) || other.has_parameter(name))?;
+        let tile_sample_min_size = integer(config, "sample_size", 32);
+        Ok(Half {
+            module,
+            kind,
+            latents: LatentSpace::of(config),
+            tile_sample_min_size,
+            tile_latent_min_size: tile_sample_min_size / scale_factor(config),
+        })
+    }
+
+    fn run(&self, input: &Tensor) -> Result<Tensor> {
+        Ok(self.module.forward(&[input])?.pop().expect("half an autoencoder has an output"))
     }
 }
 
@@ -130,10 +153,6 @@ pub struct LatentDistribution {
 }
 
 impl LatentDistribution {
-    pub fn size(&self) -> Vec<i64> {
-        self.mean.size()
-    }
-
     /// `noise` is of unit variance.
     pub fn sample(&self, noise: &Tensor) -> Tensor {
         &self.mean + &self.std * noise
@@ -174,33 +193,9 @@ impl LatentSpace {
     }
 }
 
-/// Loads one half of the autoencoder; the file's tensors of the other half are known, and left alone.
-fn load_half(
-    component: &str,
-    input: &str,
-    graphs: &GraphSet,
-    config: &Value,
-    checkpoint: Checkpoint,
-    model: &Path,
-    (kind, device): (Kind, Device),
-) -> Result<Module> {
-    let entry = graphs.find(component, kind, config, model)?;
-    entry.expect_inputs(&[input])?;
-    let other = if component == "vae_decoder" { "vae_encoder" } else { "vae_decoder" };
-    let other = graphs.find(other, kind, config, model)?;
-    let module = graphs.load(entry, device)?;
-    Weights::new(checkpoint, device, kind)
-        .bind(&module, |name| entry.has_parameter(name) || other.has_parameter(name))?;
-    Ok(module)
-}
-
 fn scale_factor(config: &Value) -> i64 {
     let levels = config.get("block_out_channels").and_then(Value::as_array).map_or(1, Vec::len);
     1 << (levels - 1)
-}
-
-fn run(module: &Module, input: &Tensor) -> Result<Tensor> {
-    Ok(module.forward(&[input])?.pop().expect("half an autoencoder has an output"))
 }
 
 /// Runs `work` over overlapping square tiles of `input` and blends their seams. `input_size` and `output_size` are a

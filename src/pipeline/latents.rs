@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 use super::image_processor::preprocess;
 use crate::api::InitParams;
 use crate::error::Result;
-use crate::models::VaeEncoder;
+use crate::models::{LatentDistribution, VaeEncoder};
 use crate::schedulers::{NoiseSource, Scheduler};
 
 /// What the denoising loop begins with.
@@ -58,7 +58,8 @@ pub(super) fn from_noise(
 /// A picture with as much noise as its strength asks for.
 ///
 /// The draws come in diffusers' order. For inpainting that is: the picture's latents from the first image's generator
-/// alone, every image's noise, the masked picture's latents from the first again.
+/// alone, every image's noise, the masked picture's latents from the first again. Those latents only a UNet for inpainting
+/// needs; for another the draw is made and the picture is not encoded.
 pub(super) fn from_image(
     init: &InitImage,
     shape: [i64; 3],
@@ -71,14 +72,15 @@ pub(super) fn from_image(
     let strength = init.params.strength;
     let step = steps - ((steps as f64 * strength) as usize).min(steps);
     let image = init.image.to_kind(kind).to_device(device);
-    let encode = |image: &Tensor, generator: usize, noise: &mut NoiseSource, centred: bool| -> Result<Tensor> {
-        let encoder = init.encoder;
-        let latents = encoder.encode(image, init.encode_by_tiles)?;
-        let drawn = noise.randn_of(generator, &latents.size(), encoder.kind())?.to_device(device);
+    let encoder = init.encoder;
+    let one = [1, shape[0], shape[1], shape[2]];
+    let sample = |latents: &LatentDistribution, generator: usize, noise: &mut NoiseSource, centred: bool| {
+        let drawn = noise.randn_of(generator, &one, encoder.kind())?.to_device(device);
         Ok(encoder.scale(&latents.sample(&drawn).to_kind(kind), centred))
     };
     let Some(mask) = init.mask else {
-        let images = (0..noise.num_images()).map(|i| encode(&image, i, noise, true));
+        let latents = encoder.encode(&image, init.encode_by_tiles)?;
+        let images = (0..noise.num_images()).map(|i| sample(&latents, i, noise, true));
         let image_latents = Tensor::cat(&images.collect::<Result<Vec<_>>>()?, 0);
         let noise = noise.randn(&shape, kind)?.to_device(device);
         return Ok(Start { latents: scheduler.add_noise(&image_latents, &noise, step), step, inpaint: None });
@@ -86,20 +88,27 @@ pub(super) fn from_image(
 
     let mask = mask_tensor(mask).to_device(device);
     let from_noise_alone = strength == 1.0;
-    let image_latents =
-        if has_inpainting_unet && from_noise_alone { None } else { Some(encode(&image, 0, noise, false)?) };
+    let image_latents = if has_inpainting_unet && from_noise_alone {
+        None
+    } else {
+        Some(sample(&encoder.encode(&image, init.encode_by_tiles)?, 0, noise, false)?)
+    };
     let drawn = noise.randn(&shape, kind)?.to_device(device);
     let latents = match &image_latents {
         Some(image_latents) if !from_noise_alone => scheduler.add_noise(image_latents, &drawn, step),
         _ => &drawn * scheduler.init_noise_sigma(),
     };
-    let masked_image = (&init.image.to_device(device) * mask.lt(0.5)).to_kind(kind);
-    let masked_image_latents = encode(&masked_image, 0, noise, false)?;
-    let (height, width) = (shape[1], shape[2]);
-    let mask = mask.upsample_nearest2d([height, width], None, None).to_kind(kind);
+    let latent_mask = mask.upsample_nearest2d([shape[1], shape[2]], None, None).to_kind(kind);
     let inpaint = match image_latents {
-        Some(image_latents) if !has_inpainting_unet => Inpaint::PutBack { mask, image_latents, noise: drawn },
-        _ => Inpaint::Show(Tensor::cat(&[mask, masked_image_latents], 1)),
+        Some(image_latents) if !has_inpainting_unet => {
+            let _for_the_order_of_draws = noise.randn_of(0, &one, encoder.kind())?;
+            Inpaint::PutBack { mask: latent_mask, image_latents, noise: drawn }
+        }
+        _ => {
+            let masked_image = (&init.image.to_device(device) * mask.lt(0.5)).to_kind(kind);
+            let latents = sample(&encoder.encode(&masked_image, init.encode_by_tiles)?, 0, noise, false)?;
+            Inpaint::Show(Tensor::cat(&[latent_mask, latents], 1))
+        }
     };
     Ok(Start { latents, step, inpaint: Some(inpaint) })
 }

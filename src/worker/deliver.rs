@@ -45,15 +45,15 @@ pub async fn encode(
     chunks: Option<Vec<Value>>,
 ) -> Result<Encoded, Error> {
     let limit = worker.settings.result_limit(&job.id);
+    // whoever has a bucket of their own or asked for links gets them however small the pictures are
+    let wants_links = job.s3_config.is_some() || reply.wants_links();
     let mut form = Form { worker, job, chunks, reply: Arc::from(reply), notes: Vec::new(), upload: Duration::ZERO };
-    if job.wants_links()
-        && let Some(linked) = form.linked().await?
-    {
+    if wants_links && let Some(linked) = form.linked().await? {
         return Ok(linked);
     }
     let mut encoded = form.inline().await?;
     if encoded.body.bytes.len() > limit
-        && !job.wants_links()
+        && !wants_links
         && let Some(linked) = form.linked().await?
     {
         return Ok(linked);

@@ -34,11 +34,6 @@ impl TakenJob {
     pub fn wants_stream(&self) -> bool {
         ["stream", "stream_progress"].iter().any(|key| self.input.get(key) == Some(&Value::Bool(true)))
     }
-
-    /// Whether pictures are to be uploaded however small they are.
-    pub fn wants_links(&self) -> bool {
-        self.s3_config.is_some() || self.input.get("response_format").and_then(Value::as_str) == Some("url")
-    }
 }
 
 /// Reads a take's answer: one job or a list of them, on either route. `None` when it is no JSON at all.

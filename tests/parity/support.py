@@ -137,7 +137,14 @@ class Reference:
     def run(self, model: Path, request: dict[str, Any], scheduler_config: dict[str, Any]) -> torch.Tensor:
         return self.call(model, request, scheduler_config, output_type="latent")
 
-    def call(self, model: Path, request: dict[str, Any], scheduler_config: dict[str, Any], output_type: str):
+    def call(
+        self,
+        model: Path,
+        request: dict[str, Any],
+        scheduler_config: dict[str, Any],
+        output_type: str,
+        every_control_a_net: bool = False,
+    ):
         pipeline = self.pipeline(model)
         request = dict(request)
         own = json.loads((model / "scheduler" / "scheduler_config.json").read_text()) | scheduler_config
@@ -157,7 +164,7 @@ class Reference:
         pictures(request, task, kind)
         if controls:
             names = list(dict.fromkeys(control["model"] for control in controls))
-            if kind is ControlNetModel:  # each control is a run of its own
+            if kind is ControlNetModel or every_control_a_net:  # each control is a run of its own
                 names = [control["model"] for control in controls]
             nets = [self.net(model, name) for name in names]
             pipeline = PIPELINES[task, kind].from_pipe(pipeline, controlnet=nets[0] if len(nets) == 1 else nets)
@@ -250,6 +257,11 @@ def pairwise(axes: dict[str, tuple], allowed: Callable[[dict], bool] = lambda ro
         rows.append(best)
         missing -= pairs(best)
     return rows
+
+
+def covers_twice(axes: dict[str, tuple], rows: list[dict]) -> bool:
+    """Whether each value of each axis is met at least twice."""
+    return all(sum(row[axis] == value for row in rows) >= 2 for axis, values in axes.items() for value in values)
 
 
 def product(axes: dict[str, tuple]) -> list[dict]:

@@ -8,9 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import ControlNetUnionModel
+from diffusers.models.controlnets.multicontrolnet_union import MultiControlNetUnionModel
 
 from pictures import encode, mask, photo
-from support import BASE, Case, Reference, check, pairwise, product
+from support import (
+    BASE, Case, Reference, check, covers_twice, pairwise, product, relative, run_worker,
+)  # fmt: skip
 
 MAPS = [encode(photo(seed, 140 + seed, 135)) for seed in range(4)]
 INIT, OTHER_INIT = encode(photo(10)), encode(photo(11))
@@ -109,6 +112,7 @@ def modes(model: str, *numbers: int) -> Case:
     return Case(f"{model} modes {numbers}", SIZE | {"controlnets": controls}, changes)
 
 
+EVERY_PAIR = [modes("union", *pair) for pair in itertools.combinations(range(6), 2)]
 UNION_TWO = [control(0, "union", 0, scale=0.4), control(1, "union", 5, scale=0.9)]
 SINGLE = [
     *(modes("union", number) for number in range(6)),
@@ -141,26 +145,19 @@ SINGLE = [
 ]
 
 
-@pytest.fixture(scope="module")
-def reference() -> Reference:
-    return Reference()
-
-
 @pytest.mark.parametrize("case", COVER + SINGLE, ids=lambda case: case.name)
 def test_equals_diffusers(case, worker, test_models, reference, tmp_path):
     check(case, worker, test_models, reference, tmp_path)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", PRODUCT, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", PRODUCT + EVERY_PAIR, ids=lambda case: case.name)
 def test_every_combination_equals_diffusers(case, worker, test_models, reference, tmp_path):
     check(case, worker, test_models, reference, tmp_path)
 
 
 def test_the_cover_meets_every_value_at_least_twice():
-    rows = pairwise(AXES, allowed)
-    for axis, values in AXES.items():
-        assert all(sum(row[axis] == value for row in rows) >= 2 for value in values), axis
+    assert covers_twice(AXES, pairwise(AXES, allowed))
 
 
 # Where diffusers cannot or should not be followed: what we do instead, by diffusers' own forward with the difference put in.
@@ -220,9 +217,48 @@ def test_residual_scales_mean_the_same_for_one_control_and_several(worker, test_
             theirs = changed.latents(test_models["default"], BASE | request, {})
         changed.results = {}
         plain = changed.latents(test_models["default"], BASE | request, {})
-        assert (theirs - plain).norm() / plain.norm() > 1e-2, "the two modes must differ"
+        assert relative(theirs, plain) > 1e-2, "the two modes must differ"
         ours = latents_of(worker, test_models, request | {"scale_mode": "residual"}, tmp_path / str(number))
-        assert (ours - theirs).norm() / theirs.norm() <= 1e-4
+        assert relative(ours, theirs) <= 1e-4
+
+
+def test_several_union_nets_may_have_several_controls_each_scaled_as_residuals_are(
+    worker, test_models, reference, monkeypatch, tmp_path
+):
+    """diffusers has one control for each net. Given the same net twice it runs it twice; put together they are one call
+    here, each control with its scale and window."""
+    fields = [{"scale": 0.4}, {"scale": 0.9, "end": 0.5}, {"scale": 0.7}]
+    nets = [("union", 0), ("union", 5), ("union8", 6)]
+    controls = [control(i, *net, **own) for i, (net, own) in enumerate(zip(nets, fields))]
+
+    def forward(self, *args, **k):
+        """The first two entries as one call of their net."""
+        maps, types, modes, scales = (
+            k.pop(name) for name in ("controlnet_cond", "control_type", "control_type_idx", "conditioning_scale")
+        )
+        acting = [index for index in (0, 1) if scales[index] > 0]
+        largest = max(scales[index] for index in acting)
+        inside = [scales[index] / largest for index in acting]
+        down, mid = self.nets[0](
+            *args,
+            controlnet_cond=[maps[index][0] for index in acting],
+            control_type=sum(types[index] for index in acting),
+            control_type_idx=[modes[index][0] for index in acting],
+            conditioning_scale=inside,
+            **k,
+        )
+        more, last = self.nets[2](
+            *args, controlnet_cond=maps[2], control_type=types[2], control_type_idx=modes[2],
+            conditioning_scale=scales[2], from_multi=True, **k,
+        )  # fmt: skip
+        return [a * largest + b for a, b in zip(down, more)], mid * largest + last
+
+    request = BASE | SIZE | {"controlnets": controls}
+    apart = reference.call(test_models["default"], request, {}, "latent", every_control_a_net=True)
+    monkeypatch.setattr(MultiControlNetUnionModel, "forward", forward)
+    theirs = reference.call(test_models["default"], request, {}, "latent", every_control_a_net=True)
+    assert relative(theirs, apart) > 1e-2, "one call and two must differ"
+    assert relative(latents_of(worker, test_models, request, tmp_path), theirs) <= 1e-4
 
 
 def test_a_residual_scale_of_0_is_a_control_that_is_not_there(worker, test_models, tmp_path):
@@ -236,6 +272,4 @@ def test_a_residual_scale_of_0_is_a_control_that_is_not_there(worker, test_model
 
 
 def latents_of(worker, test_models, request: dict, scratch) -> torch.Tensor:
-    from support import run_worker
-
     return run_worker(worker, test_models["default"], test_models["graphs"], BASE | request, scratch)[0]

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from pictures import decode, encode, mask, photo
-from support import BASE, PIXELS, Case, Reference, check, pairwise, product, run_worker
+from support import BASE, PIXELS, Case, check, covers_twice, pairwise, product, run_worker
 
 INIT, OTHER_INIT = encode(photo(10)), encode(photo(11))
 MASK, OTHER_MASK = encode(mask(1)), encode(mask(5))
@@ -75,11 +75,6 @@ SINGLE = [
 ]
 
 
-@pytest.fixture(scope="module")
-def reference() -> Reference:
-    return Reference()
-
-
 @pytest.mark.parametrize("case", COVER + SINGLE, ids=lambda case: case.name)
 def test_equals_diffusers(case, worker, test_models, reference, tmp_path):
     check(case, worker, test_models, reference, tmp_path)
@@ -89,6 +84,10 @@ def test_equals_diffusers(case, worker, test_models, reference, tmp_path):
 @pytest.mark.parametrize("case", PRODUCT, ids=lambda case: case.name)
 def test_every_combination_equals_diffusers(case, worker, test_models, reference, tmp_path):
     check(case, worker, test_models, reference, tmp_path)
+
+
+def test_the_cover_meets_every_value_at_least_twice():
+    assert covers_twice(AXES, pairwise(AXES, allowed))
 
 
 def test_the_picture_around_a_repainted_part_stays(worker, test_models, reference, tmp_path):

@@ -84,7 +84,10 @@ async fn do_as_told(job: &Job, context: &JobContext) -> Result<Box<dyn Reply>> {
         Some("encoding") => Ok(Box::new(Unencodable)),
         Some("long") => Err(Error::new(ErrorClass::Internal, "internal", "x".repeat(200_000))),
         _ => Ok(match number("picture") {
-            Some(bytes) => Box::new(Picture { bytes: bytes as usize, extension: "png" }),
+            Some(bytes) => {
+                let wants_links = job.input["response_format"] == "url";
+                Box::new(Picture { bytes: bytes as usize, extension: "png", wants_links })
+            }
             None => Box::new(Plain(job.input.get("return").cloned().unwrap_or(json!({ "done": job.id })))),
         }),
     }
@@ -134,9 +137,14 @@ impl Reply for Unencodable {
 struct Picture {
     bytes: usize,
     extension: &'static str,
+    wants_links: bool,
 }
 
 impl Reply for Picture {
+    fn wants_links(&self) -> bool {
+        self.wants_links
+    }
+
     fn to_json(&self) -> Value {
         let warnings: &[&str] = if self.extension == "png" { &[] } else { &["the pictures were made smaller"] };
         json!({ "images": ["i".repeat(self.bytes)], "format": self.extension, "warnings": warnings,
@@ -157,6 +165,6 @@ impl Reply for Picture {
             "webp" => "jpeg",
             _ => return None,
         };
-        Some(Box::new(Picture { bytes: self.bytes / 4, extension }))
+        Some(Box::new(Picture { bytes: self.bytes / 4, extension, ..*self }))
     }
 }
