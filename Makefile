@@ -26,7 +26,7 @@ run: $(MANIFEST) build ## Make a picture from test_input.json
 
 test: setup-test lint build $(MANIFEST) ## What CI runs: format, lints, tests
 	cargo test --release --locked
-	$(VENV)/python -m pytest tests
+	$(VENV)/python -m pytest tests -n auto --dist loadfile
 	bench/gpu.sh --dry
 
 test-full: setup-test build $(MANIFEST) ## All combinations and full-size models: long, and much memory

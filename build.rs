@@ -1,4 +1,4 @@
-//! Compiles the C++ shim, keeps libtorch's CUDA half linked, and stamps the commit.
+//! Compiles the C++ shim, with CUDA graphs where CUDA's headers are, keeps libtorch's CUDA half linked, and stamps the commit.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -7,8 +7,15 @@ fn main() {
     let lib_dir = PathBuf::from(std::env::var("DEP_TCH_LIBTORCH_LIB").expect("torch-sys says where libtorch is"));
     let libtorch = lib_dir.parent().expect("libtorch's lib folder has a parent");
 
-    cc::Build::new()
-        .cpp(true)
+    let cuda_include = cuda_include(libtorch).filter(|_| lib_dir.join("libtorch_cuda.so").exists());
+    let mut shim = cc::Build::new();
+    if let Some(include) = &cuda_include {
+        shim.define("SHIM_CUDA_GRAPHS", None).include(include);
+        // what the shim calls there; nothing of CUDA's own libraries
+        println!("cargo:rustc-link-lib=dylib=torch_cuda");
+        println!("cargo:rustc-link-lib=dylib=c10_cuda");
+    }
+    shim.cpp(true)
         .std("c++17")
         .warnings(false)
         .debug(false)
@@ -31,6 +38,17 @@ fn main() {
         }
     }
     println!("cargo:rustc-env=GIT_COMMIT={}", git_commit().unwrap_or_else(|| "unknown".into()));
+}
+
+/// CUDA's headers: those of an installation, else the ones that Triton brings beside a torch that pip installed. The shim
+/// needs names of types and enumerations that all versions share.
+fn cuda_include(libtorch: &Path) -> Option<PathBuf> {
+    println!("cargo:rerun-if-env-changed=CUDA_HOME");
+    let home = std::env::var_os("CUDA_HOME").map(|home| PathBuf::from(home).join("include"));
+    let packages = libtorch.canonicalize().ok().and_then(|torch| torch.parent().map(Path::to_owned));
+    let triton = packages.map(|packages| packages.join("triton/backends/nvidia/include"));
+    let candidates = [home, Some("/usr/local/cuda/include".into()), triton];
+    candidates.into_iter().flatten().find(|folder| folder.join("cuda_runtime.h").exists())
 }
 
 fn git_commit() -> Option<String> {

@@ -97,11 +97,11 @@ def write_component(folder: Path, stem: str, shapes: Shapes, dtype: str, shards:
     write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def write_vocabulary(out: Path, size: int) -> None:
+def write_vocabulary(out: Path, size: int, names: list[str]) -> None:
     """Real CLIP tokenizers with few merges; entries that no text reaches fill the vocabulary up to the model's size."""
     merges = learn_merges(CORPUS, min(MERGES, size - 2 - 2 * len(byte_symbols())))
-    have = write_tokenizers(out, merges)
-    for file in (out / "tokenizer" / "vocab.json", out / "tokenizer_2" / "vocab.json"):
+    have = write_tokenizers(out, merges, names)
+    for file in (out / name / "vocab.json" for name in names):
         tokens = [token for token in read_json(file) if token not in (START, END)]
         tokens += [f"<|unused-{index}|>" for index in range(size - have)] + [START, END]
         file.write_text(json.dumps({token: index for index, token in enumerate(tokens)}), encoding="utf-8")
@@ -109,12 +109,11 @@ def write_vocabulary(out: Path, size: int) -> None:
 
 def write_checkpoint(source: Path, out: Path, dtype: str, device: str = "cpu", unet_shards: int = 1) -> None:
     """`source` is a folder of configurations in the diffusers layout. Built beside `out` and renamed when whole."""
-    configs = {component: read_json(source / component / "config.json") for component in COMPONENTS}
-    vocab_size = configs["text_encoder"]["vocab_size"]
-    shapes = parameter_shapes(
-        Variant(**{key: {k: v for k, v in value.items() if k != "vocab_size"} for key, value in configs.items()}),
-        vocab_size,
-    )
+    there = [component for component in COMPONENTS if (source / component).is_dir()]
+    configs = {component: read_json(source / component / "config.json") for component in there}
+    vocab_size = configs["text_encoder_2"]["vocab_size"]
+    parts = {key: {k: v for k, v in value.items() if k != "vocab_size"} for key, value in configs.items()}
+    shapes = parameter_shapes(Variant(**({"text_encoder": None} | parts)), vocab_size)
     temporary = out.with_name(out.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -125,7 +124,8 @@ def write_checkpoint(source: Path, out: Path, dtype: str, device: str = "cpu", u
         stem = "model" if component.startswith("text_encoder") else "diffusion_pytorch_model"
         named = {hub_name(component, name, prefix=True): shape for name, shape in shapes[component].items()}
         write_component(folder, stem, named, dtype, unet_shards if component == "unet" else 1, numbers)
-    write_vocabulary(temporary, vocab_size)
+    tokenizers = [name.replace("text_encoder", "tokenizer") for name in there if name.startswith("text_encoder")]
+    write_vocabulary(temporary, vocab_size, tokenizers)
     for file in ("model_index.json", "scheduler/scheduler_config.json"):
         write_json(temporary / file, read_json(source / file))
     shutil.rmtree(out, ignore_errors=True)

@@ -79,13 +79,20 @@ pub enum Command {
     /// Turn a photo into a control map and write it as a PNG: canny, scribble, softedge, lineart, tile or invert
     Preprocess(PreprocessArgs),
     /// Check device, libtorch, graphs and weights: what works and what to do about the rest
-    Doctor,
+    Doctor(DoctorArgs),
     /// Read a JSON list of strings on standard input and print the token ids of both tokenizers
     #[command(hide = true)]
     Tokenize,
     /// Run one request several times in one process and print each reply's timings as a line of JSON
     #[command(hide = true)]
     Bench(BenchArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Also make one picture of one step, and say how long each phase of the start took
+    #[arg(long)]
+    pub timing: bool,
 }
 
 /// Which model runs, and on what. Accepted before and after any command.
@@ -98,9 +105,9 @@ pub struct EngineArgs {
     /// Folder of exported graphs with its manifest.json [default: the project's graphs]
     #[arg(long, global = true, env = "GRAPHS", value_name = "DIR")]
     pub graphs: Option<PathBuf>,
-    /// cuda, cuda:N, mps or cpu [default: the first of these that works]
-    #[arg(long, global = true, env = "DEVICE")]
-    pub device: Option<DeviceName>,
+    /// cuda, cuda:N, mps or cpu; several, such as cuda:0,cuda:1, work side by side [default: the first that works]
+    #[arg(long, global = true, env = "DEVICE", value_delimiter = ',')]
+    pub device: Vec<DeviceName>,
     /// Number format of weights and computation [default: float16 on cuda, else float32]
     #[arg(long, global = true, env = "DTYPE", value_enum)]
     pub dtype: Option<DtypeName>,
@@ -110,7 +117,7 @@ pub struct EngineArgs {
     /// Which weight files to read: `fp16` reads *.fp16.safetensors where they exist
     #[arg(long, global = true, env = "VARIANT")]
     pub variant: Option<String>,
-    /// CPU threads for computation [default: one per core]
+    /// CPU threads for computation, shared out between the devices [default: one per core]
     #[arg(long, global = true, env = "THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
     /// Largest picture a request may ask for, in pixels (width x height)
@@ -130,21 +137,58 @@ pub struct EngineArgs {
     /// Keep at most this many bytes of ControlNets loaded; those used longest ago make room
     #[arg(long, global = true, env = "CONTROLNET_MEMORY", value_name = "BYTES", default_value = "8G")]
     pub controlnet_memory: ByteSize,
+    /// On CUDA, keep this many UNet and ControlNet calls as CUDA graphs, one for each size and batch; 0 captures none
+    #[arg(long, global = true, env = "CUDA_GRAPHS", value_name = "N", default_value_t = 8)]
+    pub cuda_graphs: usize,
+    /// A refiner, and the name that requests give it: by default its folder's (repeatable; the first is the default)
+    #[arg(long, global = true, env = "REFINER_ID", value_name = "[NAME=]DIR", value_delimiter = ',',
+          value_parser = NamedDir::maybe_named)]
+    pub refiner: Vec<NamedDir>,
     /// Most controls a request may ask for
     #[arg(long, global = true, env = "MAX_CONTROLS", value_name = "N", default_value_t = 8)]
     pub max_controls: usize,
+    /// Folder of LoRA files that requests name (repeatable)
+    #[arg(long, global = true, env = "LORA_DIR", value_name = "DIR", value_delimiter = ',')]
+    pub lora_dir: Vec<PathBuf>,
+    /// Folder of textual inversions that requests name (repeatable)
+    #[arg(long, global = true, env = "EMBEDDING_DIR", value_name = "DIR", value_delimiter = ',')]
+    pub embedding_dir: Vec<PathBuf>,
+    /// Most LoRAs a request may ask for
+    #[arg(long, global = true, env = "MAX_LORAS", value_name = "N", default_value_t = 16)]
+    pub max_loras: usize,
+    /// Refuse LoRA files larger than this
+    #[arg(long, global = true, env = "MAX_LORA_BYTES", value_name = "BYTES", default_value = "4G")]
+    pub max_lora_bytes: ByteSize,
+    /// Keep at most this many bytes of LoRA files in memory; those used longest ago make room
+    #[arg(long, global = true, env = "LORA_MEMORY", value_name = "BYTES", default_value = "1G")]
+    pub lora_memory: ByteSize,
+    /// Where weights come from when a LoRA is taken out of them: read the checkpoint's file again, or a copy in memory
+    #[arg(long, global = true, env = "LORA_BACKUP", value_enum, default_value_t = LoraBackup::File)]
+    pub lora_backup: LoraBackup,
+    /// Folder for downloaded adapters [default: on /runpod-volume where it is, else ~/.cache/sdxl-worker/adapters]
+    #[arg(long, global = true, env = "ADAPTER_CACHE", value_name = "DIR")]
+    pub adapter_cache: Option<PathBuf>,
+    /// Keep at most this many bytes of downloaded adapters on the disk; those used longest ago make room
+    #[arg(long, global = true, env = "LORA_CACHE", value_name = "BYTES", default_value = "20G")]
+    pub lora_cache: ByteSize,
     /// Refuse requests that would need more memory, such as 6G [default: what the machine or container allows]
     #[arg(long, global = true, env = "MEMORY_LIMIT", value_name = "BYTES")]
     pub memory_limit: Option<ByteSize>,
-    /// Decode pictures in tiles, which takes less memory; auto: only large ones
+    /// Decode pictures in tiles, which takes less memory; auto: only large ones, and others when memory runs out
     #[arg(long, global = true, env = "VAE_TILING", value_enum, default_value_t = VaeTiling::Auto)]
     pub vae_tiling: VaeTiling,
     /// Pixels (width x height) above which `--vae-tiling auto` uses tiles
     #[arg(long, global = true, env = "VAE_TILING_PIXELS", value_name = "N", default_value_t = 2_359_296)]
     pub vae_tiling_pixels: u64,
+    /// What leaves the device while it does not compute: for small cards; comes back from the weight files
+    #[arg(long, global = true, env = "OFFLOAD", value_enum, default_value_t = Offload::None)]
+    pub offload: Offload,
     /// Attention kernel on cuda; auto leaves the choice to libtorch
     #[arg(long, global = true, env = "ATTENTION", value_enum, default_value_t = Attention::Auto)]
     pub attention: Attention,
+    /// Graphs compiled ahead of time: used where they are beside --graphs and fit, or never
+    #[arg(long, global = true, env = "AOT", value_enum, default_value_t = Aot::Auto)]
+    pub aot: Aot,
     /// error, warn, info, debug or trace; also read from RUNPOD_DEBUG_LEVEL
     #[arg(long, global = true, env = "RUNPOD_LOG_LEVEL", alias = "rp_log_level", value_name = "LEVEL",
           default_value_t = LogLevel::Info)]
@@ -206,6 +250,9 @@ pub struct GenerateArgs {
     /// Make the control map from a photo first: canny, scribble, softedge, lineart, tile or invert
     #[arg(long, value_name = "NAME", help_heading = "Request")]
     pub preprocess: Option<String>,
+    /// LoRA: a name in --lora-dir, a file, a file of the Hub or a URL (repeatable; the scale is 1 if absent)
+    #[arg(long, value_name = "LORA[:SCALE]", help_heading = "Request")]
+    pub lora: Vec<LoraOption>,
     /// Such as euler or ddim [default: the model's own]
     #[arg(long, value_name = "NAME", help_heading = "Request")]
     pub scheduler: Option<String>,
@@ -242,9 +289,9 @@ pub struct ServeArgs {
     /// Web page that may call, such as http://localhost:3000 (repeatable; `*` is every page)
     #[arg(long, value_name = "ORIGIN")]
     pub cors_origin: Vec<String>,
-    /// Jobs that run at the same time
-    #[arg(long, value_name = "N", env = "CONCURRENCY", default_value_t = 1)]
-    pub concurrency: usize,
+    /// Jobs that run at the same time [default: one for each device]
+    #[arg(long, value_name = "N", env = "CONCURRENCY")]
+    pub concurrency: Option<usize>,
     /// Jobs that may wait; later ones are told to try again
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub max_queue: usize,
@@ -258,7 +305,7 @@ impl SdkArgs {
             port: self.rp_api_port.unwrap_or(8000),
             api_key: std::env::var("SERVE_API_KEY").ok().filter(|key| !key.is_empty()),
             cors_origin: Vec::new(),
-            concurrency: self.rp_api_concurrency.unwrap_or(1) as usize,
+            concurrency: self.rp_api_concurrency.map(|jobs| jobs as usize),
             max_queue: 100,
         }
     }
@@ -373,6 +420,7 @@ impl GenerateArgs {
             ("mask_image", self.mask_image.clone().map(Value::from)),
             ("strength", self.strength.map(Value::from)),
             ("controlnets", self.control()),
+            ("loras", (!self.lora.is_empty()).then(|| self.lora.iter().map(LoraOption::entry).collect())),
         ];
         let typed = typed.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?)));
         let set = self.set.iter().map(|field| (field.key.clone(), field.value.clone()));
@@ -393,11 +441,25 @@ impl GenerateArgs {
     }
 }
 
-/// `NAME=DIR` of `--controlnet`.
+/// `NAME=DIR` of `--controlnet` and `--refiner`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NamedDir {
     pub name: String,
     pub dir: PathBuf,
+}
+
+impl NamedDir {
+    /// `NAME=DIR`, or a folder that has its own name.
+    fn maybe_named(text: &str) -> Result<Self, String> {
+        if text.contains('=') {
+            return text.parse();
+        }
+        let dir = PathBuf::from(text.trim());
+        match dir.file_name() {
+            Some(name) => Ok(NamedDir { name: name.to_string_lossy().into_owned(), dir }),
+            None => Err("expected [NAME=]DIR".into()),
+        }
+    }
 }
 
 impl FromStr for NamedDir {
@@ -410,6 +472,45 @@ impl FromStr for NamedDir {
             }
             _ => Err("expected NAME=DIR".into()),
         }
+    }
+}
+
+/// `LORA[:SCALE]` of `--lora`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoraOption {
+    pub source: String,
+    pub scale: Option<f64>,
+}
+
+impl FromStr for LoraOption {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        let scaled = text.rsplit_once(':').and_then(|(source, scale)| Some((source, scale.parse().ok()?)));
+        Ok(match scaled.filter(|(source, _)| !source.is_empty()) {
+            Some((source, scale)) => LoraOption { source: source.into(), scale: Some(scale) },
+            None => LoraOption { source: text.into(), scale: None },
+        })
+    }
+}
+
+impl LoraOption {
+    /// The entry of the request's `loras`. What has a slash is a path: on this machine, or on the Hub.
+    fn entry(&self) -> Value {
+        let is_url = self.source.contains("://");
+        let is_path = self.source.contains('/') || Path::new(&self.source).is_file();
+        let key = if is_url {
+            "url"
+        } else if is_path {
+            "path"
+        } else {
+            "name"
+        };
+        let mut entry = serde_json::json!({ key: self.source });
+        if let Some(scale) = self.scale {
+            entry["scale"] = scale.into();
+        }
+        entry
     }
 }
 
@@ -483,9 +584,28 @@ pub enum DtypeName {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LoraBackup {
+    File,
+    Copy,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum VaeTiling {
     Auto,
     On,
+    Off,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Offload {
+    None,
+    TextEncoders,
+    All,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Aot {
+    Auto,
     Off,
 }
 

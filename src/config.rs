@@ -1,6 +1,7 @@
 //! From what was typed to the settings of those who act: the only module that knows both.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use tch::{Device, Kind};
 
@@ -8,21 +9,39 @@ use crate::api::Limits;
 use crate::cli::{self, DeviceName, DtypeName, EngineArgs, ServeArgs};
 use crate::device;
 use crate::error::{Error, Result};
-use crate::net::{Bucket, DownloadSettings, Downloader, Guard, GuardSettings, Secret, Uploader};
-use crate::pipeline::{ControlNetSource, Settings, VaeTiling};
+use crate::handler::Adapters;
+use crate::lora;
+use crate::net::{
+    AdapterCache, AdapterFiles, AdapterSettings, Bucket, DownloadSettings, Downloader, Guard, GuardSettings, Secret,
+    Uploader,
+};
+use crate::pipeline::{MAX_TEXTUAL_INVERSION_BYTES, ModelSource, Offload, Settings, VaeTiling};
 use crate::torch::AttentionBackend;
 use crate::{server, worker};
 
-/// Sets libtorch's process-wide switches, and translates the options.
-pub fn settings(arguments: &EngineArgs) -> Result<Settings> {
-    let device = match arguments.device {
-        None => device::best(),
-        Some(DeviceName::Cuda(index)) => device::check(Device::Cuda(index))?,
-        Some(DeviceName::Mps) => device::check(Device::Mps)?,
-        Some(DeviceName::Cpu) => Device::Cpu,
+/// Where to compute; the best device where none is named.
+pub fn devices(arguments: &EngineArgs) -> Result<Vec<Device>> {
+    let device = |name: &DeviceName| match *name {
+        DeviceName::Cuda(index) => device::check(Device::Cuda(index)),
+        DeviceName::Mps => device::check(Device::Mps),
+        DeviceName::Cpu => Ok(Device::Cpu),
     };
-    if let Some(threads) = arguments.threads {
-        tch::set_num_threads(threads as i32);
+    match arguments.device.as_slice() {
+        [] => Ok(vec![device::best()]),
+        names => names.iter().map(device).collect(),
+    }
+}
+
+/// Jobs that can run at the same time.
+fn concurrency(arguments: &EngineArgs) -> usize {
+    arguments.device.len().max(1)
+}
+
+/// Sets libtorch's process-wide switches, and translates the options: the settings of an engine on each of `devices`.
+pub fn settings(arguments: &EngineArgs, devices: &[Device]) -> Result<Vec<Settings>> {
+    if arguments.threads.is_some() || devices.len() > 1 {
+        let threads = arguments.threads.map_or_else(tch::get_num_threads, i32::from);
+        tch::set_num_threads((threads / devices.len() as i32).max(1));
     }
     crate::torch::set_attention_backend(match arguments.attention {
         cli::Attention::Auto => AttentionBackend::Auto,
@@ -31,11 +50,13 @@ pub fn settings(arguments: &EngineArgs) -> Result<Settings> {
         cli::Attention::Cudnn => AttentionBackend::Cudnn,
         cli::Attention::Math => AttentionBackend::Math,
     })?;
-    Ok(Settings {
+    let settings = Settings {
         model: model(arguments)?,
         graphs: graphs(arguments)?,
-        device,
-        kind: arguments.dtype.map_or(device::default_dtype(device), kind),
+        aot: arguments.aot == cli::Aot::Auto,
+        device: Device::Cpu,
+        neighbours: 0,
+        kind: arguments.dtype.map_or_else(|| device::default_dtype(devices), kind),
         vae_kind: arguments.vae_dtype.map(kind),
         variant: arguments.variant.clone(),
         vae_tiling: match arguments.vae_tiling {
@@ -43,11 +64,28 @@ pub fn settings(arguments: &EngineArgs) -> Result<Settings> {
             cli::VaeTiling::On => VaeTiling::Always,
             cli::VaeTiling::Off => VaeTiling::Never,
         },
-        controlnets: arguments.controlnet.iter().map(controlnet).collect(),
+        offload: match arguments.offload {
+            cli::Offload::None => Offload::None,
+            cli::Offload::TextEncoders => Offload::TextEncoders,
+            cli::Offload::All => Offload::All,
+        },
+        controlnets: arguments.controlnet.iter().map(source).collect(),
         preload_controlnets: arguments.preload_controlnets,
         controlnet_memory: arguments.controlnet_memory.0,
+        cuda_graphs: arguments.cuda_graphs,
+        refiners: arguments.refiner.iter().map(source).collect(),
+        loras: lora::Settings {
+            backup: match arguments.lora_backup {
+                cli::LoraBackup::File => lora::Backup::File,
+                cli::LoraBackup::Copy => lora::Backup::Copy,
+            },
+            memory: arguments.lora_memory.0,
+        },
         memory_limit: arguments.memory_limit.map(|size| size.0),
-    })
+    };
+    let neighbours = |device: Device| devices.iter().filter(|other| **other == device).count() - 1;
+    let on = |&device: &Device| Settings { device, neighbours: neighbours(device), ..settings.clone() };
+    Ok(devices.iter().map(on).collect())
 }
 
 pub fn model(arguments: &EngineArgs) -> Result<PathBuf> {
@@ -57,14 +95,14 @@ pub fn model(arguments: &EngineArgs) -> Result<PathBuf> {
     })
 }
 
-fn controlnet(source: &cli::NamedDir) -> ControlNetSource {
-    ControlNetSource { name: source.name.clone(), dir: source.dir.clone() }
+fn source(source: &cli::NamedDir) -> ModelSource {
+    ModelSource { name: source.name.clone(), dir: source.dir.clone() }
 }
 
 /// What a request may ask for.
 pub fn limits(arguments: &EngineArgs) -> Limits {
-    let EngineArgs { max_pixels, max_num_images, max_controls, .. } = *arguments;
-    Limits { max_pixels, max_num_images, max_controls, ..Limits::default() }
+    let EngineArgs { max_pixels, max_num_images, max_controls, max_loras, .. } = *arguments;
+    Limits { max_pixels, max_num_images, max_controls, max_loras, ..Limits::default() }
 }
 
 fn graphs(arguments: &EngineArgs) -> Result<PathBuf> {
@@ -88,8 +126,12 @@ fn variable(name: &str) -> Option<String> {
 }
 
 /// What the environment says of RunPod; `None` outside its platform.
-pub fn worker_settings() -> Option<worker::Settings> {
-    worker::Settings::from_variables(variable)
+pub fn worker_settings(arguments: &EngineArgs) -> Option<worker::Settings> {
+    let concurrency = || Some(concurrency(arguments).to_string());
+    worker::Settings::from_variables(|name| match name {
+        "CONCURRENCY" => variable(name).or_else(concurrency),
+        _ => variable(name),
+    })
 }
 
 /// Guards the addresses that clients name.
@@ -102,18 +144,41 @@ pub fn downloader() -> Downloader {
     Downloader::new(guard(), DownloadSettings::from_variables(variable))
 }
 
+/// Finds the LoRAs and textual inversions that requests name.
+pub fn adapters(arguments: &EngineArgs) -> Adapters {
+    let cache = Arc::new(adapter_cache(arguments));
+    let loras = AdapterSettings::loras(arguments.lora_dir.clone(), arguments.max_lora_bytes.0);
+    let textual_inversions =
+        AdapterSettings::textual_inversions(arguments.embedding_dir.clone(), MAX_TEXTUAL_INVERSION_BYTES);
+    Adapters {
+        loras: AdapterFiles::new(loras, downloader(), cache.clone()),
+        textual_inversions: AdapterFiles::new(textual_inversions, downloader(), cache),
+    }
+}
+
+/// Downloaded adapters, on the volume where there is one.
+fn adapter_cache(arguments: &EngineArgs) -> AdapterCache {
+    let home = || {
+        let cache = variable("XDG_CACHE_HOME").map(PathBuf::from);
+        cache.or_else(|| Some(Path::new(&variable("HOME")?).join(".cache"))).unwrap_or_else(std::env::temp_dir)
+    };
+    let volume = Path::new("/runpod-volume");
+    let default = || if volume.is_dir() { volume.to_owned() } else { home() }.join("sdxl-worker/adapters");
+    AdapterCache::new(arguments.adapter_cache.clone().unwrap_or_else(default), arguments.lora_cache.0)
+}
+
 /// Puts pictures into the job's bucket or this worker's.
 pub fn uploader() -> Result<Uploader> {
     Ok(Uploader::new(guard(), Bucket::from_variables(variable)?))
 }
 
-pub fn serve_settings(options: &ServeArgs) -> Result<server::Settings> {
+pub fn serve_settings(arguments: &EngineArgs, options: &ServeArgs) -> Result<server::Settings> {
     let defaults = server::Settings::default();
     Ok(server::Settings {
         worker_id: variable("RUNPOD_POD_ID").unwrap_or(defaults.worker_id),
         api_key: options.api_key.clone().map(Secret::new),
         allow_origins: options.cors_origin.clone(),
-        concurrency: options.concurrency,
+        concurrency: options.concurrency.unwrap_or_else(|| concurrency(arguments)),
         max_queue: options.max_queue,
         ..defaults
     })

@@ -34,9 +34,10 @@ pub fn check(device: Device) -> Result<Device> {
     }
 }
 
-/// float16 on CUDA; float32 on the CPU, where 16-bit arithmetic is slower and parity with diffusers is exact.
-pub fn default_dtype(device: Device) -> Kind {
-    if device.is_cuda() { Kind::Half } else { Kind::Float }
+/// float16 on CUDA; float32 on the CPU, where 16-bit arithmetic is slower and parity with diffusers is exact. Several devices
+/// have one in common.
+pub fn default_dtype(devices: &[Device]) -> Kind {
+    if devices.iter().all(|device| device.is_cuda()) { Kind::Half } else { Kind::Float }
 }
 
 pub fn name(device: Device) -> String {

@@ -1,7 +1,7 @@
 //! The one way to run a job: from the request as JSON to encoded pictures. The command line, the local API and the
 //! RunPod worker all call this.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use image::RgbImage;
@@ -9,51 +9,88 @@ use serde_json::{Value, json};
 use tch::Tensor;
 
 use crate::api::{
-    GenerateParams, GenerateResponse, ImageDetails, Limits, OutputFormat, ResponseFormat, SchedulerKind, Timings,
-    parse, validate,
+    GenerateParams, GenerateResponse, ImageDetails, Limits, LoraReport, OutputFormat, ResponseFormat, SchedulerKind,
+    Timings, parse, validate,
 };
 use crate::context::JobContext;
 use crate::engine::Engine;
 use crate::error::{Error, ErrorClass, Result};
-use crate::inputs::Pictures;
+use crate::inputs::{Pictures, wait};
 use crate::job::{Job, PictureFile, Reply, Runner, Running};
+use crate::lora::Wanted;
 use crate::media::{self, Metadata};
-use crate::net::Downloader;
+use crate::net::{AdapterFiles, Downloader};
 use crate::pipeline::InputImages;
+
+/// Where the files come from that a request names.
+pub struct Adapters {
+    pub loras: AdapterFiles,
+    pub textual_inversions: AdapterFiles,
+}
 
 /// Runs jobs on an engine.
 pub struct Handler {
     engine: Engine,
     limits: Limits,
     downloader: Downloader,
+    adapters: Adapters,
+    /// What the first reply tells of the start.
+    start: Mutex<Timings>,
 }
 
 impl Handler {
     /// What is accepted are the configured limits, with the loaded model's own defaults.
-    pub fn new(engine: Engine, configured: Limits, downloader: Downloader) -> Self {
+    pub fn new(engine: Engine, configured: Limits, downloader: Downloader, adapters: Adapters) -> Self {
         let facts = engine.facts();
         let limits = Limits {
             default_height: facts.default_height,
             default_width: facts.default_width,
             default_scheduler: facts.default_scheduler,
             models: vec![facts.name.clone()],
+            needs_image: facts.needs_image,
             needs_mask: facts.needs_mask,
+            preset: facts.preset,
+            has_embedded_guidance: facts.has_embedded_guidance,
+            refiners: facts.refiners.clone(),
             controlnets: facts.controlnets.clone(),
             ..configured
         };
-        Handler { engine, limits, downloader }
+        Handler { engine, limits, downloader, adapters, start: Mutex::default() }
+    }
+
+    /// For requests of whoever started the program: they may name any file of this machine.
+    pub fn with_any_path(mut self) -> Self {
+        self.adapters.loras.allow_any_path();
+        self.adapters.textual_inversions.allow_any_path();
+        self
+    }
+
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// How long the model's parts took to load.
+    pub fn load_times(&self) -> &Timings {
+        &self.engine.facts().load_times
+    }
+
+    /// The next reply tells how long the start took.
+    pub fn report_start(&self, phases: Timings) {
+        *self.start.lock().expect("nobody panics with it") = phases;
     }
 
     /// A request of one step for the default size.
     pub fn warm_up(&self) -> Value {
         let mut request = json!({ "prompt": "warm-up", "num_inference_steps": 1, "seed": 0 });
-        if self.limits.needs_mask {
+        if self.limits.needs_image || self.limits.needs_mask {
             let (width, height) = (self.limits.default_width, self.limits.default_height);
             let white = RgbImage::from_pixel(width, height, image::Rgb([255; 3]));
             let png = media::encode(&white, OutputFormat::Png, 100, None).expect("a white picture can be encoded");
             let white = media::to_base64(&png);
-            for (field, value) in [("image", json!(white)), ("mask_image", json!(white)), ("strength", json!(1))] {
-                request[field] = value;
+            request["image"] = json!(white);
+            request["strength"] = json!(1);
+            if self.limits.needs_mask {
+                request["mask_image"] = json!(white);
             }
         }
         request
@@ -75,6 +112,7 @@ impl Handler {
             (inputs, overlay) = pictures.prepare(&params)?;
             timings.add("prepare_images", preparing.elapsed());
         }
+        self.fetch_adapters(&mut params, &mut inputs, &context, &mut timings)?;
         let generation = self.engine.generate(params.clone(), inputs, context)?;
         timings.extend(generation.timings);
         warnings.extend(generation.warnings);
@@ -91,12 +129,44 @@ impl Handler {
             params,
             timings,
             warnings,
+            loras: generation.loras,
         };
         let encoding = Instant::now();
         output.encode()?;
         output.timings.add("encode_image", encoding.elapsed());
         output.timings.add("total", started.elapsed());
+        output.timings.extend(std::mem::take(&mut *self.start.lock().expect("nobody panics with it")));
         Ok((output, generation.latents))
+    }
+
+    /// The files of the request's LoRAs and textual inversions; the record learns their checksums.
+    fn fetch_adapters(
+        &self,
+        params: &mut GenerateParams,
+        inputs: &mut InputImages,
+        context: &JobContext,
+        timings: &mut Timings,
+    ) -> Result<()> {
+        let started = Instant::now();
+        for (index, lora) in params.loras.iter_mut().enumerate() {
+            let field = lora.source.field(&format!("loras[{index}]"));
+            let work = self.adapters.loras.fetch(&lora.source, lora.sha256.as_deref(), &field);
+            let found = wait(work, context)?;
+            lora.sha256 = Some(found.stored.sha256.clone());
+            let (sha256, file) = (found.stored.sha256, found.stored.file);
+            inputs.loras.push(Wanted { name: found.name, field, scale: lora.scale, sha256, file });
+        }
+        for (index, one) in params.textual_inversions.iter_mut().enumerate() {
+            let field = one.source.field(&format!("textual_inversions[{index}]"));
+            let work = self.adapters.textual_inversions.fetch(&one.source, one.sha256.as_deref(), &field);
+            let found = wait(work, context)?;
+            one.sha256 = Some(found.stored.sha256);
+            inputs.textual_inversions.push(found.stored.file);
+        }
+        if !(inputs.loras.is_empty() && inputs.textual_inversions.is_empty()) {
+            timings.add("adapter_fetch", started.elapsed());
+        }
+        Ok(())
     }
 }
 
@@ -125,6 +195,7 @@ pub struct JobOutput {
     params: GenerateParams,
     timings: Timings,
     warnings: Vec<String>,
+    loras: Vec<LoraReport>,
 }
 
 /// One encoded picture.
@@ -171,7 +242,9 @@ impl JobOutput {
     /// The reply with these pictures, as data, base64 or links.
     fn response(&self, images: Vec<String>) -> GenerateResponse {
         let details = self.pictures.iter().map(|picture| picture.details.clone()).collect();
-        GenerateResponse::new(images, details, self.params.seed, self.timings.clone(), self.warnings.clone())
+        let (timings, warnings) = (self.timings.clone(), self.warnings.clone());
+        let response = GenerateResponse::new(images, details, self.params.seed, timings, warnings);
+        GenerateResponse { loras: self.loras.clone(), ..response }
     }
 }
 

@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 use tokio::runtime::{Builder, Handle};
 use tokio::time::sleep;
 
-use crate::api::{FINGERPRINT, GenerateParams, GenerateRequest, PictureFacts};
+use crate::api::{ControlParams, FINGERPRINT, GenerateParams, GenerateRequest, PictureFacts};
 use crate::context::JobContext;
 use crate::error::{Error, Result};
 use crate::media;
@@ -103,18 +103,25 @@ impl Pictures {
             Some(crop) => media::resize_and_fill(&media::crop(picture, crop), width, height),
             None => media::resize(picture, width, height),
         };
+        let maps = |fit: &dyn Fn(&RgbImage) -> RgbImage| {
+            let map = |(picture, control): (&Picture, &ControlParams)| {
+                let map = fit(&picture.pixels);
+                match &control.preprocess {
+                    Some(preprocessor) => media::preprocess(&map, preprocessor),
+                    None => map,
+                }
+            };
+            controls.iter().zip(&params.controls).map(map).collect()
+        };
         let inputs = InputImages {
             image: image.as_ref().map(|image| fit(&image.pixels)),
             mask: mask.as_ref().map(|mask| media::to_grayscale(&fit(mask))),
-            controls: (controls.iter().zip(&params.controls))
-                .map(|(picture, control)| {
-                    let map = fit(&picture.pixels);
-                    match &control.preprocess {
-                        Some(preprocessor) => media::preprocess(&map, preprocessor),
-                        None => map,
-                    }
-                })
-                .collect(),
+            controls: maps(&fit),
+            hires_controls: match &params.hires {
+                Some(hires) => maps(&|picture| media::resize(picture, hires.width, hires.height)),
+                None => Vec::new(),
+            },
+            ..InputImages::default()
         };
         let overlay = match (image, mask, crop) {
             (Some(image), Some(mask), Some(crop)) => {
@@ -148,7 +155,7 @@ impl Overlay {
 }
 
 /// Waits for `work` on this thread, which may block; gives up when the job is cancelled.
-fn wait<T>(work: impl Future<Output = Result<T>>, context: &JobContext) -> Result<T> {
+pub(crate) fn wait<T>(work: impl Future<Output = Result<T>>, context: &JobContext) -> Result<T> {
     let cancelled = async {
         while !context.is_cancelled() {
             sleep(Duration::from_millis(50)).await;

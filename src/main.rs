@@ -64,7 +64,7 @@ fn launch(cli: &Cli, arguments: &[OsString]) -> Result<ExitCode> {
     let engine = find_engine(program_dir);
     let libtorch = find_libtorch(program_dir, engine.as_deref().ok());
 
-    if matches!(cli.command, Some(Command::Doctor)) {
+    if matches!(cli.command, Some(Command::Doctor(_))) {
         let loads = try_engine(&engine, &libtorch);
         if engine.is_err() || libtorch.is_err() || loads.is_err() {
             return Ok(report_installation(&cli.engine, &engine, &libtorch, loads));

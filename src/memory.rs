@@ -1,13 +1,23 @@
-//! How much memory a process of this container may still take, so that a request too large is refused before it starts
-//! instead of killing the worker.
+//! What the system says of this process: how old it is, and how much memory it may still take, so that a request too large
+//! is refused before it starts instead of killing the worker.
 
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 /// Bytes of host memory that can still be used: the least of what the machine has free and what the cgroups allow.
 /// `None` where neither can be read (not Linux).
 pub fn available() -> Option<u64> {
     [machine_available(), cgroup_available(Path::new("/sys/fs/cgroup"))].into_iter().flatten().min()
+}
+
+/// How long ago this process began; the clock of the kernel's table ticks in hundredths of a second.
+pub fn process_age() -> Option<Duration> {
+    let stat = fs::read_to_string("/proc/self/stat").ok()?;
+    // behind the name, which may hold anything
+    let began: f64 = stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()?;
+    let up: f64 = fs::read_to_string("/proc/uptime").ok()?.split_whitespace().next()?.parse().ok()?;
+    Some(Duration::from_secs_f64((up - began / 100.0).max(0.0)))
 }
 
 fn machine_available() -> Option<u64> {

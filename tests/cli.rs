@@ -1,7 +1,9 @@
 //! The command line as declared: what is accepted and what it becomes.
 
 use clap::CommandFactory;
-use sdxl_worker::cli::{Attention, ByteSize, Cli, Command, DeviceName, DtypeName, GenerateArgs, LogLevel, VaeTiling};
+use sdxl_worker::cli::{
+    Attention, ByteSize, Cli, Command, DeviceName, DtypeName, GenerateArgs, LogLevel, Offload, VaeTiling,
+};
 use serde_json::json;
 
 fn parse(arguments: &[&str]) -> Result<Cli, clap::Error> {
@@ -24,7 +26,7 @@ fn the_declaration_is_sound() {
 #[test]
 fn engine_options_mean_the_same_before_and_after_a_command() {
     for arguments in [["--device", "cuda:1", "generate"], ["generate", "--device", "cuda:1"]] {
-        assert_eq!(parse(&arguments).unwrap().engine.device, Some(DeviceName::Cuda(1)));
+        assert_eq!(parse(&arguments).unwrap().engine.device, [DeviceName::Cuda(1)]);
     }
 }
 
@@ -32,9 +34,10 @@ fn engine_options_mean_the_same_before_and_after_a_command() {
 fn nothing_typed_leaves_every_choice_open() {
     let cli = parse(&[]).unwrap();
     assert!(cli.command.is_none() && cli.sdk.test_input.is_none());
-    assert!(cli.engine.device.is_none() && cli.engine.dtype.is_none() && cli.engine.memory_limit.is_none());
+    assert!(cli.engine.device.is_empty() && cli.engine.dtype.is_none() && cli.engine.memory_limit.is_none());
     assert_eq!(cli.engine.vae_tiling, VaeTiling::Auto);
     assert_eq!(cli.engine.attention, Attention::Auto);
+    assert_eq!(cli.engine.offload, Offload::None);
     assert!(generate(&[]).request_fields().is_empty());
     assert_eq!(generate(&[]).output.to_str(), Some("out"));
 }
@@ -93,9 +96,11 @@ fn set_takes_json_or_a_bare_word_but_no_broken_json() {
 #[test]
 fn devices_and_number_formats_have_their_usual_names() {
     let device = |name: &str| parse(&["--device", name]).map(|cli| cli.engine.device);
-    assert_eq!(device("cuda").unwrap(), Some(DeviceName::Cuda(0)));
-    assert_eq!(device("MPS").unwrap(), Some(DeviceName::Mps));
-    assert_eq!(device("cpu").unwrap(), Some(DeviceName::Cpu));
+    assert_eq!(device("cuda").unwrap(), [DeviceName::Cuda(0)]);
+    assert_eq!(device("MPS").unwrap(), [DeviceName::Mps]);
+    assert_eq!(device("cpu").unwrap(), [DeviceName::Cpu]);
+    assert_eq!(device("cuda:0,cuda:1").unwrap(), [DeviceName::Cuda(0), DeviceName::Cuda(1)]);
+    assert!(device("cpu,").is_err());
     for wrong in ["gpu", "cuda:", "cuda:x", "cuda:-1"] {
         assert!(device(wrong).is_err(), "{wrong}");
     }

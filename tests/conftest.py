@@ -1,10 +1,16 @@
 """Options and the built things that all Python tests share. Run from the project's root, after `make build`."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # before torch is there: tests run side by side, so that more threads would only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = ROOT / "target" / "release" / "sdxl-worker"
@@ -29,6 +35,11 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope="session")
+def is_full(pytestconfig) -> bool:
+    return pytestconfig.getoption("--full")
+
+
+@pytest.fixture(scope="session")
 def worker() -> Path:
     assert WORKER.exists(), "build first: cargo build --release"
     return WORKER
@@ -43,9 +54,15 @@ NETS = ("plain", "small", "union", "union8")
 
 @pytest.fixture(scope="session")
 def test_models() -> dict[str, Path]:
-    """Two random tiny models that differ in every way a configuration can, one for inpainting, the ControlNets of each
-    beside it (`default-plain`, ...), and `graphs` for all of them in float32."""
-    variants = ("default", "second", "inpaint")
+    """Two random tiny models that differ in every way a configuration can, one for inpainting, a refiner, one that takes
+    its guidance, the ControlNets of each beside it (`default-plain`, ...), and `graphs` for all of them in float32."""
+    TEST_MODELS.mkdir(parents=True, exist_ok=True)
+    with FileLock(TEST_MODELS / "lock"):  # of several test processes one makes them
+        return make_test_models()
+
+
+def make_test_models() -> dict[str, Path]:
+    variants = ("default", "second", "inpaint", "refiner", "lcm")
     models = {name: TEST_MODELS / name for name in variants}
     script = ROOT / "torchscript" / "tiny_models.py"
     wanted = {folder: ("--variant", name) for name, folder in models.items()}

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "target" / "release" / "sdxl-worker"
 TINY = ROOT / "models" / "tiny"
 GRAPHS = ROOT / "graphs"
+TEST_MODELS = ROOT / "target" / "test-models"
 
 # What a person should never have to read: the words of an interpreter, of a panic, of a C++ stack.
 NOISE = re.compile(r"Traceback|panicked|RUST_BACKTRACE|frame #\d|c10::|at::|torch::|std::|<unknown function>|\\n")

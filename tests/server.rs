@@ -891,6 +891,7 @@ async fn ping_says_204_while_the_model_loads_and_200_after() {
 async fn metrics_tell_outcomes_levels_phases_memory_and_the_start() {
     let hooks = Hooks {
         gpu_memory: Some(Arc::new(|| Some(GpuMemory { used_bytes: 5, total_bytes: 9 }))),
+        engines: Some(Arc::new(|| 2)),
         cold_start: Some(Arc::new(|| vec![("load_model", Duration::from_millis(2500))])),
         ..Hooks::default()
     };
@@ -916,6 +917,7 @@ async fn metrics_tell_outcomes_levels_phases_memory_and_the_start() {
         r#"sdxl_worker_phase_seconds_count{phase="queue"} 3"#,
         r#"sdxl_worker_gpu_memory_bytes{kind="used"} 5"#,
         r#"sdxl_worker_gpu_memory_bytes{kind="total"} 9"#,
+        "sdxl_worker_engines 2",
         r#"sdxl_worker_cold_start_seconds{phase="load_model"} 2.5"#,
         "# EOF",
     ] {

@@ -30,7 +30,7 @@ REQUEST = {
     "height": 64,
     "seed": 8,
 }
-REPLY_KEYS = ["images", "image_url", "seed", "seeds", "image_details", "timings", "warnings", "version"]
+REPLY_KEYS = ["images", "image_url", "seed", "seeds", "image_details", "timings", "warnings", "loras", "version"]
 LOG_LINE = re.compile(r"(ERROR|WARN|INFO|DEBUG|TRACE) *\| ")
 EXIF_DESCRIPTION, EXIF_COMMENT, EXIF_IFD = 0x010E, 0x9286, 0x8769
 
@@ -414,6 +414,16 @@ def test_the_doctor_finds_nothing_wrong_here(tmp_path: Path):
         assert line in result.stdout
     for words in ("unet float32 (620 parameters)", "all weights bound on cpu float32", "128x128, euler"):
         assert words in result.stdout
+
+
+def test_the_doctor_times_the_phases_of_a_start(tmp_path: Path):
+    result = run("doctor", "--timing", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    table = result.stdout.split("phase of the start")[1].splitlines()[1:]
+    phases = {name: float(milliseconds) for name, milliseconds in (line.split() for line in table)}
+    parts = [phases[f"load_{part}"] for part in ("text_encoder", "text_encoder_2", "unet_graphs", "unet_weights", "vae")]
+    assert all(0 < part <= phases["load_model"] for part in parts)
+    assert phases["load_libtorch"] > 0 and 0 < phases["denoise"] < phases["total"] <= phases["first_picture"] + 1
 
 
 def test_the_doctor_says_what_is_wrong_with_a_model_and_what_to_do(tmp_path: Path):

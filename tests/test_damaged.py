@@ -423,8 +423,8 @@ REQUESTS = {
         "controlnets[0].model",
         "--controlnet",
     ),
-    "loras": ({"loras": [{"name": "x"}]}, "unsupported_feature", "loras", "leave"),
-    "a refiner": ({"refiner": {}}, "unsupported_feature", "refiner", "leave"),
+    "loras": ({"loras": [{"name": "x"}]}, "lora_not_found", "loras[0].name", "--lora-dir"),
+    "a refiner": ({"refiner": {}}, "refiner_not_available", "refiner", "leave"),
 }
 
 

@@ -119,6 +119,18 @@ def ask(address: str, fields: dict) -> dict:
         return json.load(response)
 
 
+def test_the_first_reply_and_the_metrics_tell_how_long_the_start_took(test_models):
+    with serving(test_models) as (address, _):
+        first, second = (ask(address, {})["output"]["timings"] for _ in range(2))
+        with urllib.request.urlopen(f"{address}/metrics") as response:
+            metrics = response.read().decode()
+    start = [phase for phase in first if phase not in second]
+    assert {"load_libtorch", "load_model", "load_text_encoder", "load_text_encoder_2", "load_unet_graphs", "load_unet_weights", "load_vae", "warm_up"} == set(start)
+    for phase in start:
+        assert first[phase] > 0
+        assert f'sdxl_worker_cold_start_seconds{{phase="{phase}"}}' in metrics
+
+
 @pytest.mark.parametrize("fields, code, field", WRONG.values(), ids=WRONG)
 def test_what_is_wrong_is_told_by_field(worker_at, fields: dict, code: str, field: str):
     answer = ask(worker_at, fields)

@@ -122,8 +122,8 @@ del SHAPE_KEYS["ControlNetUnionModel"]["mid_block_type"]  # a union net knows bu
 
 # The graphs made of each class.
 COMPONENTS: dict[str, tuple[str, ...]] = {
-    "CLIPTextModel": ("text_encoder",),
-    "CLIPTextModelWithProjection": ("text_encoder_2",),
+    "CLIPTextModel": ("text_encoder", "text_encoder_masked"),
+    "CLIPTextModelWithProjection": ("text_encoder_2", "text_encoder_2_masked"),
     "UNet2DConditionModel": ("unet", "unet_control"),
     "ControlNetModel": ("controlnet_embed", "controlnet"),
     "ControlNetUnionModel": ("controlnet_union_embed", "controlnet_union"),
@@ -147,6 +147,27 @@ class Job:
     def file(self) -> str:
         digest = hashlib.sha256(canonical(self.config).encode()).hexdigest()[:8]
         return f"{self.component}-{digest}-{self.dtype}.pt"
+
+
+# Graphs that are also compiled ahead of time, where that is asked for.
+COMPILED = ("unet", "vae_decoder")
+
+
+@dataclass(frozen=True)
+class PackageJob:
+    """One graph to compile, for pictures of `height` x `width` pixels on a kind of device such as `cuda sm_90`."""
+
+    graph: Job
+    height: int
+    width: int
+    batch: int
+    device: str
+
+    @property
+    def file(self) -> str:
+        stem = self.graph.file.removesuffix(".pt")
+        device = self.device.split()[-1]
+        return f"{stem}-{self.height}x{self.width}x{self.batch}-{device}.pt2"
 
 
 def canonical(value: Any) -> str:
@@ -225,5 +246,16 @@ def jobs(models: list[tuple[str, Config]], dtypes: list[str]) -> list[Job]:
             wanted = [*dtypes, "float32"] if component in ALSO_FLOAT32 else dtypes
             for dtype in wanted:
                 job = Job(component, class_name, config, dtype)
+                found.setdefault(job.file, job)
+    return list(found.values())
+
+
+def package_jobs(graphs: list[Job], sizes: list[tuple[int, int, int]], device: str) -> list[PackageJob]:
+    """Every package of these graphs, each once. The VAE decodes one picture at a time, whatever the UNet's batch."""
+    found: dict[str, PackageJob] = {}
+    for graph in graphs:
+        for height, width, batch in sizes:
+            if graph.component in COMPILED:
+                job = PackageJob(graph, height, width, batch if graph.component == "unet" else 1, device)
                 found.setdefault(job.file, job)
     return list(found.values())

@@ -2,6 +2,7 @@
 
     python torchscript/export.py --arch sdxl --dtype float32 --out graphs
     python torchscript/export.py --model models/tiny --dtype float16 --dtype bfloat16 --out graphs
+    python torchscript/export.py --arch sdxl --dtype float16 --aot 1024x1024 --out graphs  # compiled for this GPU too
 
 Adds to the manifest that is in the folder. A graph that is already there, made by the same code and versions, is kept.
 """
@@ -10,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import re
 import sys
 import time
 from pathlib import Path
 
 import manifest
-from configs import ARCHS, SHAPE_KEYS, ExportError, Job, jobs, read_model
+from configs import ARCHS, SHAPE_KEYS, ExportError, Job, PackageJob, jobs, package_jobs, read_model
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -54,6 +56,38 @@ def export(job: Job, out: Path) -> int:
     return len(data)
 
 
+def export_package(job: PackageJob, out: Path, tune: bool) -> int:
+    """Compiles one graph, writes it and its manifest entry. Returns the file's size."""
+    import packages
+
+    package = packages.write(job, out / job.file, tune)
+    entry = {
+        "file": job.file,
+        "component": job.graph.component,
+        "class": job.graph.class_name,
+        "dtype": job.graph.dtype,
+        "config": job.graph.config,
+        "defaults": SHAPE_KEYS[job.graph.class_name],
+        "device": job.device,
+        **vars(package),
+        **manifest.versions(),
+        "source": manifest.source_hash(),
+    }
+    manifest.add_package(out, entry)
+    return (out / job.file).stat().st_size
+
+
+def size(text: str) -> tuple[int, int, int]:
+    """Height and width in pixels, and the UNet's batch."""
+    found = re.fullmatch(r"(\d+)x(\d+)(?:x(\d+))?", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH or HEIGHTxWIDTHxBATCH")
+    height, width, batch = (int(number) for number in (found[1], found[2], found[3] or 2))
+    if height % 8 or width % 8 or 0 in (height, width, batch):
+        raise argparse.ArgumentTypeError(f"{text!r}: height and width are multiples of 8, and nothing is 0")
+    return height, width, batch
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -63,6 +97,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--arch", choices=names, action="append", default=[], help="an architecture that ships with us")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="may be repeated; float32 when not given")
     parser.add_argument("--out", type=Path, required=True, metavar="G", help="folder of graphs and manifest.json")
+    parser.add_argument(
+        "--aot",
+        type=size,
+        action="append",
+        default=[],
+        metavar="HEIGHTxWIDTH[xBATCH]",
+        help="also compile UNet and VAE decoder for pictures of this size in pixels; the UNet's batch is 2 when not"
+        " given: one picture with guidance; may be repeated",
+    )
+    parser.add_argument("--aot-device", choices=("cpu", "cuda"), help="what for; a GPU where there is one")
+    parser.add_argument("--aot-tune", action="store_true", help="let the compiler try many kernels: much longer")
     parser.add_argument("--force", action="store_true", help="export again what is already there")
     options = parser.parse_args(arguments)
     if not options.model and not options.arch:
@@ -92,6 +137,24 @@ def run(options: argparse.Namespace) -> None:
         except ExportError as error:
             raise ExportError(f"{job.component} ({job.dtype}): {error}") from error
         print(f"{job.file:<44} {size / 1e6:6.2f} MB {time.monotonic() - start:6.1f} s", flush=True)
+        trim_memory()
+    if options.aot:
+        run_packages(options, wanted)
+
+
+def run_packages(options: argparse.Namespace, graphs: list[Job]) -> None:
+    import packages
+    import torch
+
+    device = packages.device_name(options.aot_device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    entries = manifest.load(options.out, "packages")
+    for job in package_jobs(graphs, options.aot, device):
+        if not options.force and manifest.is_current_package(options.out, entries, job):
+            print(f"{job.file} is there already", flush=True)
+            continue
+        start = time.monotonic()
+        length = export_package(job, options.out, options.aot_tune)
+        print(f"{job.file:<60} {length / 1e6:6.2f} MB {time.monotonic() - start:6.1f} s", flush=True)
         trim_memory()
 
 

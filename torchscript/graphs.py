@@ -158,12 +158,12 @@ class TextGraph(Graph):
         del self.text_model.embeddings.position_ids
         self.eos_token_id = self.text_model.eos_token_id
 
-    def forward(self, input_ids: Tensor) -> Tensors:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensors:
         embeddings = self.text_model.embeddings
         positions = embeddings.position_embedding.weight[: input_ids.shape[1]]
         states = [embeddings.token_embedding(input_ids) + positions]
         for layer in self.text_model.encoder.layers:
-            states.append(layer(states[-1], None, is_causal=True))
+            states.append(layer(states[-1], attention_mask, is_causal=True))
         last = self.text_model.final_layer_norm(states[-1])
         # 2 is what old configurations say; transformers then pools at the highest id, which is the end token.
         marks = input_ids if self.eos_token_id == 2 else input_ids == self.eos_token_id
@@ -179,7 +179,7 @@ class TextGraph(Graph):
 
     @classmethod
     def reference(cls, module: nn.Module, *inputs: Tensor) -> Tensors:
-        output = module(*inputs, output_hidden_states=True)
+        output = module(*inputs, output_hidden_states=True)  # a mask of four dimensions is taken as it is
         return (*output.hidden_states, output[cls.pooled])
 
     @classmethod
@@ -233,10 +233,34 @@ class TextEncoder2(TextGraph):
         return self.text_projection(pooled)
 
 
+class Masked(TextGraph):
+    """The same encoder with its attention mask, added to the scores, as a further input: tokens can be hidden. The mask
+    brings the causal triangle with it."""
+
+    @classmethod
+    def inputs(cls, config: Config, dtype: str) -> list[Port]:
+        return [*super().inputs(config, dtype), Port("attention_mask", dtype, ["B", 1, TOKENS, TOKENS])]
+
+
+class TextEncoderMasked(Masked, TextEncoder):
+    component = "text_encoder_masked"
+
+
+class TextEncoder2Masked(Masked, TextEncoder2):
+    component = "text_encoder_2_masked"
+
+
 def require(config: Config, needed: Config) -> None:
     for key, value in needed.items():
         if config[key] != value:
             raise ExportError(f"{key} is {config[key]!r}; only {value!r} can be exported")
+
+
+def num_time_ids(config: Config) -> int:
+    """Sizes and crops are 6 numbers. A refiner has 5, the last an aesthetic score; it is known by its one text encoder,
+    whose hidden states are as wide as its pooled text."""
+    pooled = config["projection_class_embeddings_input_dim"] - 5 * config["addition_time_embed_dim"]
+    return 5 if pooled == config["cross_attention_dim"] else 6
 
 
 class Denoiser(Graph):
@@ -244,13 +268,14 @@ class Denoiser(Graph):
 
     @classmethod
     def inputs(cls, config: Config, dtype: str) -> list[Port]:
-        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        ids = num_time_ids(config)
+        pooled = config["projection_class_embeddings_input_dim"] - ids * config["addition_time_embed_dim"]
         return [
             Port("sample", dtype, ["B", config["in_channels"], "h", "w"]),
             Port("timestep", "float32", ["B"]),
             Port("encoder_hidden_states", dtype, ["B", "T", config["cross_attention_dim"]]),
             Port("text_embeds", dtype, ["B", pooled]),
-            Port("time_ids", dtype, ["B", 6]),
+            Port("time_ids", dtype, ["B", ids]),
         ]
 
     @classmethod
@@ -276,6 +301,7 @@ class Denoiser(Graph):
     @classmethod
     def shrink(cls, config: Config) -> Config:
         channels, groups = small_channels(config)
+        ids = num_time_ids(config)
         return config | {
             "block_out_channels": channels,
             "norm_num_groups": groups,
@@ -284,12 +310,13 @@ class Denoiser(Graph):
             "transformer_layers_per_block": few(config["transformer_layers_per_block"], 2),
             "cross_attention_dim": 24,
             "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 6 * 8 + 20,
+            "projection_class_embeddings_input_dim": ids * 8 + (24 if ids == 5 else 20),
         }
 
 
 class UNet(Denoiser):
-    """One denoising step: latents, their noise level and the conditions -> predicted noise (or v, or sample)."""
+    """One denoising step: latents, their noise level and the conditions -> predicted noise (or v, or sample). A model
+    distilled to few steps may also take its guidance scale, embedded."""
 
     component = "unet"
     class_name = "UNet2DConditionModel"
@@ -305,16 +332,24 @@ class UNet(Denoiser):
 
     @classmethod
     def eager(cls, config: Config) -> nn.Module:
-        require(config, {"addition_embed_type": "text_time", "time_cond_proj_dim": None})
+        require(config, {"addition_embed_type": "text_time"})
         return UNet2DConditionModel.from_config(config)
+
+    @classmethod
+    def inputs(cls, config: Config, dtype: str) -> list[Port]:
+        width = config["time_cond_proj_dim"]
+        guidance = [Port("timestep_cond", dtype, ["B", width])] if width else []
+        return [*super().inputs(config, dtype), *guidance]
 
     @classmethod
     def reference(cls, module: nn.Module, *inputs: Tensor) -> Tensors:
         sample, timestep, encoder_hidden_states, text_embeds, time_ids, *residuals = inputs
+        timestep_cond = residuals.pop(0) if module.config.time_cond_proj_dim else None
         return module(
             sample,
             timestep,
             encoder_hidden_states,
+            timestep_cond=timestep_cond,
             added_cond_kwargs={"text_embeds": text_embeds, "time_ids": time_ids},
             down_block_additional_residuals=residuals[:-1] or None,
             mid_block_additional_residual=residuals[-1] if residuals else None,
@@ -620,6 +655,8 @@ KINDS: dict[str, type[Graph]] = {
     for kind in (
         TextEncoder,
         TextEncoder2,
+        TextEncoderMasked,
+        TextEncoder2Masked,
         UNet,
         UNetControl,
         ControlNetEmbed,

@@ -9,11 +9,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from configs import ExportError, Job, read_json
+from configs import ExportError, Job, PackageJob, read_json
 
 FORMAT = 1
 NAME = "manifest.json"
-SOURCES = ("checks.py", "configs.py", "export.py", "graphs.py", "manifest.py", "tracing.py")
+SOURCES = ("checks.py", "configs.py", "export.py", "graphs.py", "manifest.py", "packages.py", "tracing.py")
 
 Entry = dict[str, Any]
 
@@ -31,14 +31,15 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def load(folder: Path) -> list[Entry]:
+def load(folder: Path, kind: str = "graphs") -> list[Entry]:
+    """The entries of that kind: `graphs` or `packages`."""
     path = folder / NAME
     if not path.exists():
         return []
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:
         raise ExportError(f"{path}: format {manifest.get('format')!r}, this export writes {FORMAT}: use another --out")
-    return manifest["graphs"]
+    return manifest.get(kind, [])
 
 
 def same_graph(entry: Entry, job: Job) -> bool:
@@ -48,21 +49,35 @@ def same_graph(entry: Entry, job: Job) -> bool:
 
 def is_current(folder: Path, entries: list[Entry], job: Job) -> bool:
     """Whether the job's graph is there, made by this export code with these versions."""
+    return any(same_graph(entry, job) and is_stamped(folder, entry) for entry in entries)
+
+
+def is_current_package(folder: Path, entries: list[Entry], job: PackageJob) -> bool:
+    """The same for a package. Its file's name says all that it was made for."""
+    return any(entry["file"] == job.file and is_stamped(folder, entry) for entry in entries)
+
+
+def is_stamped(folder: Path, entry: Entry) -> bool:
     stamp = versions() | {"source": source_hash()}
-    return any(
-        same_graph(entry, job)
-        and all(entry.get(name) == value for name, value in stamp.items())
-        and (folder / entry["file"]).is_file()
-        for entry in entries
-    )
+    return all(entry.get(name) == value for name, value in stamp.items()) and (folder / entry["file"]).is_file()
 
 
 def add(folder: Path, job: Job, entry: Entry) -> None:
     """Puts the entry into the manifest, in place of an equal one. Reads it anew, so that what others added stays."""
     entries = [other for other in load(folder) if not same_graph(other, job)]
-    entries.append(entry)
-    entries.sort(key=lambda item: item["file"])
-    text = json.dumps({"format": FORMAT, "graphs": entries}, indent=1) + "\n"
+    store(folder, [*entries, entry], load(folder, "packages"))
+
+
+def add_package(folder: Path, entry: Entry) -> None:
+    """The same for a package."""
+    entries = [other for other in load(folder, "packages") if other["file"] != entry["file"]]
+    store(folder, load(folder), [*entries, entry])
+
+
+def store(folder: Path, graphs: list[Entry], packages: list[Entry]) -> None:
+    by_file = {"graphs": graphs, "packages": packages}
+    by_file = {kind: sorted(entries, key=lambda entry: entry["file"]) for kind, entries in by_file.items() if entries}
+    text = json.dumps({"format": FORMAT, **by_file}, indent=1) + "\n"
     write_atomically(folder / NAME, text.encode())
 
 

@@ -1,11 +1,12 @@
 """Writes a small SDXL of random weights in the Hub's file layout, the same bytes from the same script every time.
 
-    python torchscript/tiny_models.py --out models/tiny [--variant default|second|inpaint]
+    python torchscript/tiny_models.py --out models/tiny [--variant default|second|inpaint|refiner|lcm]
     python torchscript/tiny_models.py --out models/net --controlnet plain|small|union|union8 [--variant default|second]
 
 `default` is the model the worker starts with when nobody names one. `second` is a different architecture in different
 files (sharded, `variant` names, other key prefix), so that tests do not rest on one configuration. `inpaint` is
-`default` with a UNet that also takes a mask and a masked image. With `--controlnet` it is a control net for the model.
+`default` with a UNet that also takes a mask and a masked image, `refiner` has one text encoder and an aesthetic score,
+`lcm` a UNet that takes the guidance scale. With `--controlnet` it is a control net for the model.
 """
 
 from __future__ import annotations
@@ -139,13 +140,14 @@ class Variant:
 
     unet: dict[str, Any] = field(default_factory=lambda: UNET)
     vae: dict[str, Any] = field(default_factory=lambda: VAE)
-    text_encoder: dict[str, Any] = field(default_factory=lambda: TEXT)
+    text_encoder: dict[str, Any] | None = field(default_factory=lambda: TEXT)
     text_encoder_2: dict[str, Any] = field(default_factory=lambda: TEXT_2)
     scheduler: dict[str, Any] = field(default_factory=lambda: EULER)
     force_zeros_for_empty_prompt: bool = True
     text_prefix: bool = True  # `text_model.` in front of every key of text_encoder, as on the Hub
     text_file: str = "model.safetensors"
     unet_shards: int = 1
+    requires_aesthetics_score: bool = False
     real_eos_id: bool = False  # text_encoder_2 pools at its true end token instead of the highest id
 
 
@@ -197,6 +199,26 @@ VARIANTS: dict[str, Variant] = {
         real_eos_id=True,
     ),
     "inpaint": Variant(unet=UNET | {"in_channels": 9}),
+    "refiner": Variant(
+        unet=UNET
+        | {
+            "attention_head_dim": [2, 2, 4, 4],
+            "block_out_channels": [16, 24, 32, 32],
+            "cross_attention_dim": 40,
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+            "layers_per_block": 1,
+            "projection_class_embeddings_input_dim": 5 * 8 + 40,
+            "transformer_layers_per_block": 1,
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        },
+        text_encoder=None,
+        force_zeros_for_empty_prompt=False,
+        requires_aesthetics_score=True,
+    ),
+    "lcm": Variant(
+        unet=UNET | {"time_cond_proj_dim": 12},
+        scheduler=EULER | {"_class_name": "LCMScheduler", "original_inference_steps": 50, "timestep_spacing": "leading"},
+    ),
 }
 
 # What a control net copies from the configuration of the UNet that it is for.
@@ -290,10 +312,14 @@ def vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
     return {token: index for index, token in enumerate(tokens)}
 
 
-def write_tokenizers(out: Path, merges: list[tuple[str, str]]) -> int:
-    """Writes `tokenizer/` and `tokenizer_2/` as the Hub has them (no tokenizer.json); returns the vocabulary's size."""
+PAD_TOKENS = {"tokenizer": END, "tokenizer_2": "!"}
+
+
+def write_tokenizers(out: Path, merges: list[tuple[str, str]], names: list[str]) -> int:
+    """Writes the tokenizers as the Hub has them (no tokenizer.json); returns the vocabulary's size."""
     vocab = vocabulary(merges)
-    for name, pad in (("tokenizer", END), ("tokenizer_2", "!")):
+    for name in names:
+        pad = PAD_TOKENS[name]
         folder = out / name
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "vocab.json", vocab)
@@ -370,9 +396,10 @@ def parameter_shapes(variant: Variant, vocab_size: int) -> dict[str, dict[str, t
         modules = {
             "unet": UNet2DConditionModel.from_config(variant.unet),
             "vae": AutoencoderKL.from_config(variant.vae),
-            "text_encoder": CLIPTextModel(text_config(variant.text_encoder)),
             "text_encoder_2": CLIPTextModelWithProjection(text_config(variant.text_encoder_2)),
         }
+        if variant.text_encoder:
+            modules["text_encoder"] = CLIPTextModel(text_config(variant.text_encoder))
     return {
         component: {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
         for component, module in modules.items()
@@ -447,12 +474,13 @@ def write_model(out: Path, variant: Variant) -> None:
 
 def write_components(out: Path, variant: Variant) -> None:
     """Writes every file of a pipeline into a folder that is there."""
-    vocab_size = write_tokenizers(out, learn_merges(CORPUS, MERGES))
+    tokenizers = ["tokenizer", "tokenizer_2"] if variant.text_encoder else ["tokenizer_2"]
+    vocab_size = write_tokenizers(out, learn_merges(CORPUS, MERGES), tokenizers)
     text_2 = variant.text_encoder_2 | ({"eos_token_id": vocab_size - 1} if variant.real_eos_id else {})
     configs = {
         "unet": variant.unet,
         "vae": variant.vae,
-        "text_encoder": variant.text_encoder | {"vocab_size": vocab_size},
+        "text_encoder": (variant.text_encoder or {}) | {"vocab_size": vocab_size},
         "text_encoder_2": text_2 | {"vocab_size": vocab_size},
     }
     for component, shapes in parameter_shapes(variant, vocab_size).items():
@@ -470,21 +498,23 @@ def write_components(out: Path, variant: Variant) -> None:
             write_weights(folder / "diffusion_pytorch_model.safetensors", tensors)
 
     write_json(out / "scheduler" / "scheduler_config.json", variant.scheduler)
+    first = [None, None] if variant.text_encoder is None else ["transformers", "CLIPTextModel"]
     write_json(
         out / "model_index.json",
         {
-            "_class_name": "StableDiffusionXLPipeline",
+            "_class_name": f"StableDiffusionXL{'Img2Img' if variant.requires_aesthetics_score else ''}Pipeline",
             "_diffusers_version": "0.19.0.dev0",
             "force_zeros_for_empty_prompt": variant.force_zeros_for_empty_prompt,
             "add_watermarker": None,
             "scheduler": ["diffusers", variant.scheduler["_class_name"]],
-            "text_encoder": ["transformers", "CLIPTextModel"],
+            "text_encoder": first,
             "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "tokenizer": first[:1] + ["CLIPTokenizer" if first[1] else None],
             "tokenizer_2": ["transformers", "CLIPTokenizer"],
             "unet": ["diffusers", "UNet2DConditionModel"],
             "vae": ["diffusers", "AutoencoderKL"],
-        },
+        }
+        | ({"requires_aesthetics_score": True} if variant.requires_aesthetics_score else {}),
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from configs import Config, ExportError
 from graphs import Graph, Size, Tensors
@@ -35,12 +36,31 @@ def blank(kind: type[Graph], config: Config, dtype: str) -> Graph:
     return graph
 
 
+class LeaveOutNoOps(TorchFunctionMode):
+    """What changes nothing is not recorded: dropout outside training, and casts to the dtype that a tensor has. A graph
+    no longer says what dtype the result of a submodule has, so this is seen while tracing or not at all."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is nn.functional.dropout:
+            training = kwargs["training"] if "training" in kwargs else args[2]
+            if not training:
+                return args[0]
+        if function is Tensor.float and args[0].dtype == torch.float32:
+            return args[0]
+        if function in (Tensor.to, Tensor.type):
+            told = [*args[1:], *kwargs.values()]
+            if told == [args[0].dtype]:  # nothing else, such as a device or `copy`
+                return args[0]
+        return function(*args, **kwargs)
+
+
 def trace(kind: type[Graph], config: Config, dtype: str) -> torch.jit.ScriptModule:
     """The weightless graph of a configuration."""
     # A CPU multiplies float16 a hundred times slower than bfloat16 (minutes for SDXL), and the trace only differs in
     # the dtypes it names.
     run_in = "bfloat16" if dtype == "float16" else dtype
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), LeaveOutNoOps():
         # Branches on sizes are warned about; that they are taken alike at every size is what checks.py proves.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         traced = torch.jit.trace(blank(kind, config, run_in), example(kind, config, run_in), check_trace=False)

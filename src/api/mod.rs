@@ -5,24 +5,37 @@
 //! default that is missing or a number out of range. Names are diffusers' names.
 
 mod control;
+mod lora;
+mod lora_tags;
 mod params;
 mod preprocessor;
+mod preset;
 mod request;
 mod response;
+mod schedule;
 mod scheduler_kind;
 mod schema;
+mod sigma_schedule;
+mod stages;
 mod validate;
 mod wording;
 
 pub use control::{ControlNetFacts, ControlParams, FINGERPRINT, ScaleMode};
+pub use lora::{FileSource, LoraParams, LoraReport};
+pub use lora_tags::has_lora_tag;
 pub use params::{
-    GenerateParams, InitParams, MaskParams, OutputFormat, ResponseFormat, SigmaSchedule, effective_request,
+    GenerateParams, InitParams, MaskParams, OutputFormat, PromptWeighting, ResponseFormat, TextualInversionParams,
+    effective_request,
 };
 pub use preprocessor::Preprocessor;
+pub use preset::Preset;
 pub use request::{
     ControlNetRequest, GenerateRequest, HiresRequest, LoraRequest, NumberOrName, PreprocessRequest, RefinerRequest,
     TextualInversionRequest, parse,
 };
 pub use response::{GenerateResponse, ImageDetails, Timings};
-pub use scheduler_kind::SchedulerKind;
+pub use scheduler_kind::{NamedScheduler, SchedulerKind};
+pub use sigma_schedule::SigmaSchedule;
+pub use stages::{HiresParams, RefinerBegin, RefinerParams, Upscaler};
 pub use validate::{Limits, PictureFacts, validate};
+pub use wording::nearest;

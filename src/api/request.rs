@@ -102,6 +102,7 @@ pub struct LoraRequest {
     pub url: Option<String>,
     pub name: Option<String>,
     pub scale: Option<f64>,
+    pub sha256: Option<String>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize, schemars::JsonSchema)]
@@ -111,6 +112,7 @@ pub struct TextualInversionRequest {
     pub url: Option<String>,
     pub name: Option<String>,
     pub token: Option<String>,
+    pub sha256: Option<String>,
 }
 
 /// A second pass at a larger size.

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde::{Serialize, Serializer};
 
+use super::lora::LoraReport;
 use super::params::OutputFormat;
 
 /// What a finished job answers.
@@ -23,6 +24,8 @@ pub struct GenerateResponse {
     pub timings: Timings,
     /// Aliases that were read, and other things a caller may want to change.
     pub warnings: Vec<String>,
+    /// What became of each LoRA that was asked for.
+    pub loras: Vec<LoraReport>,
     /// This worker's.
     pub version: String,
 }
@@ -91,6 +94,7 @@ impl GenerateResponse {
             image_details,
             timings,
             warnings,
+            loras: Vec::new(),
             version: env!("CARGO_PKG_VERSION").into(),
         }
     }
@@ -114,7 +118,7 @@ mod tests {
             r#"{"images":["data:image/jpeg;base64,AAAA","data:image/jpeg;base64,BBBB"],"#,
             r#""image_url":"data:image/jpeg;base64,AAAA","seed":7,"seeds":[7,8],"image_details":["#,
             r#"{"width":64,"height":128,"format":"jpeg","bytes":3},{"width":64,"height":128,"format":"jpeg","bytes":3}],"#,
-            r#""timings":{"encode_prompt":1.5,"denoise":2000.0,"decode":0.75},"warnings":["w"],"version":"#,
+            r#""timings":{"encode_prompt":1.5,"denoise":2000.0,"decode":0.75},"warnings":["w"],"loras":[],"version":"#,
         );
         let json = serde_json::to_string(&reply).unwrap();
         assert_eq!(json, format!("{expected}\"{}\"}}", env!("CARGO_PKG_VERSION")));

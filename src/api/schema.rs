@@ -106,10 +106,11 @@ static LORA: &[Field] = &[
     field("url", Text),
     field("name", Text),
     aliased("scale", Number, &["weight", "multiplier", "strength"]),
+    field("sha256", Text),
 ];
 
 static TEXTUAL_INVERSION: &[Field] =
-    &[field("path", Text), field("url", Text), field("name", Text), field("token", Text)];
+    &[field("path", Text), field("url", Text), field("name", Text), field("token", Text), field("sha256", Text)];
 
 static HIRES: &[Field] =
     &[field("scale", Number), field("strength", Number), field("upscaler", Text), field("steps", Integer)];

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::super::{effective_request, parse};
+use super::super::{RefinerBegin, SigmaSchedule, Upscaler, effective_request, parse};
 use super::*;
 
 fn limits() -> Limits {
@@ -43,16 +43,23 @@ fn a_prompt_alone_gets_the_contract_s_defaults() {
         prompt_2: None,
         negative_prompt: None,
         negative_prompt_2: None,
+        prompt_weighting: PromptWeighting::Off,
+        textual_inversions: vec![],
         height: 1024,
         width: 1024,
         num_inference_steps: 30,
         guidance_scale: 5.0,
+        guidance_start: 0.0,
+        guidance_end: 1.0,
         guidance_rescale: 0.0,
         eta: 0.0,
         seed: params.seed,
         num_images: 1,
         scheduler: None,
         sigma_schedule: None,
+        timesteps: None,
+        sigmas: None,
+        preset: None,
         clip_skip: None,
         original_size: None,
         crops_coords_top_left: None,
@@ -63,6 +70,12 @@ fn a_prompt_alone_gets_the_contract_s_defaults() {
         init: None,
         controls: vec![],
         scale_mode: ScaleMode::Diffusers,
+        loras: vec![],
+        denoising_end: None,
+        hires: None,
+        refiner: None,
+        aesthetic_score: 6.0,
+        negative_aesthetic_score: 2.5,
         output_format: OutputFormat::Png,
         output_quality: 95,
         embed_metadata: true,
@@ -75,8 +88,10 @@ fn a_prompt_alone_gets_the_contract_s_defaults() {
 #[test]
 fn every_value_reaches_its_parameter() {
     let params = accepted(json!({
-        "prompt_2": "b", "negative_prompt": "", "negative_prompt_2": "d", "width": 64, "height": 128, "steps": 7,
-        "guidance_scale": 2.5, "guidance_rescale": 0.25, "eta": 0.5, "seed": 9, "num_images": 2, "scheduler": "DDIM",
+        "prompt_2": "b", "negative_prompt": "", "negative_prompt_2": "d", "prompt_weighting": "a1111",
+        "textual_inversions": [{"path": "a/b.safetensors", "token": "<é>"}], "width": 64, "height": 128, "steps": 7,
+        "guidance_scale": 2.5, "guidance_start": 0.1, "guidance_end": 0.9, "guidance_rescale": 0.25, "eta": 0.5,
+        "seed": 9, "num_images": 2, "scheduler": "DDIM",
         "clip_skip": 2, "original_size": [1, 2], "crops_coords_top_left": [3, 4], "target_size": [5, 6],
         "negative_original_size": [7, 8], "negative_crops_coords_top_left": [9, 10], "negative_target_size": [11, 12],
         "output_format": "webp", "output_quality": 80, "embed_metadata": false, "response_format": "b64_json",
@@ -86,16 +101,27 @@ fn every_value_reaches_its_parameter() {
         prompt_2: Some("b".into()),
         negative_prompt: Some("".into()),
         negative_prompt_2: Some("d".into()),
+        prompt_weighting: PromptWeighting::A1111,
+        textual_inversions: vec![TextualInversionParams {
+            source: FileSource::Path("a/b.safetensors".into()),
+            sha256: None,
+            token: "<é>".into(),
+        }],
         height: 128,
         width: 64,
         num_inference_steps: 7,
         guidance_scale: 2.5,
+        guidance_start: 0.1,
+        guidance_end: 0.9,
         guidance_rescale: 0.25,
         eta: 0.5,
         seed: 9,
         num_images: 2,
         scheduler: Some(SchedulerKind::Ddim),
         sigma_schedule: None,
+        timesteps: None,
+        sigmas: None,
+        preset: None,
         clip_skip: Some(2),
         original_size: Some([1, 2]),
         crops_coords_top_left: Some([3, 4]),
@@ -106,6 +132,12 @@ fn every_value_reaches_its_parameter() {
         init: None,
         controls: vec![],
         scale_mode: ScaleMode::Diffusers,
+        loras: vec![],
+        denoising_end: None,
+        hires: None,
+        refiner: None,
+        aesthetic_score: 6.0,
+        negative_aesthetic_score: 2.5,
         output_format: OutputFormat::Webp,
         output_quality: 80,
         embed_metadata: false,
@@ -127,7 +159,10 @@ fn every_range_is_accepted_at_its_bounds_and_refused_beyond() {
         ("height", json!([64, 2048]), json!([63, 56, 0, -8, 16_377, 1_000_001, max])),
         ("num_inference_steps", json!([1, 200]), json!([0, -1, 201, max])),
         ("guidance_scale", json!([0, 0.5, 50, 50.0]), json!([-0.01, 50.01, 1e300])),
+        ("guidance_start", json!([0, 1]), json!([-0.01, 1.01])),
+        ("guidance_end", json!([0, 1]), json!([-0.01, 1.01])),
         ("guidance_rescale", json!([0, 1]), json!([-0.01, 1.01])),
+        ("denoising_end", json!([0, 0.5, 1]), json!([-0.01, 1.01])),
         ("seed", json!([-1, 0, max]), json!([-2, i64::MIN])),
         ("eta", json!([0, 1]), json!([-0.01, 1.01])),
         ("num_images", json!([1, 8]), json!([0, -1, 9, max])),
@@ -263,7 +298,7 @@ fn the_last_image_s_seed_does_not_overflow() {
 fn an_option_that_the_scheduler_has_not_is_refused() {
     let error =
         refused(json!({"scheduler": "ddim", "sigma_schedule": "karras"}), "unsupported_option", "sigma_schedule");
-    assert_eq!(error.message, "the scheduler ddim has no `sigma_schedule`");
+    assert_eq!(error.message, "the scheduler ddim has no `sigma_schedule` karras");
     let error = refused(json!({"scheduler": "K_EULER", "eta": 0.5}), "unsupported_option", "eta");
     assert_eq!(error.message, "the scheduler euler has no `eta`");
     accepted(json!({"scheduler": "euler", "sigma_schedule": "karras", "eta": 0}));
@@ -280,7 +315,7 @@ fn an_option_that_the_scheduler_has_not_is_refused() {
 #[test]
 fn a_word_that_is_none_of_the_accepted_ones_is_answered_with_them() {
     refused(json!({"scheduler": "nonsense"}), "unknown_scheduler", "scheduler");
-    refused(json!({"scheduler": "unipc"}), "unsupported_feature", "scheduler");
+    refused(json!({"scheduler": "DPM++ 2S a"}), "unsupported_feature", "scheduler");
     refused(json!({"sigma_schedule": "sqrt"}), "invalid_value", "sigma_schedule");
     refused(json!({"response_format": "file"}), "invalid_value", "response_format");
     let error = refused(json!({"output_format": "gif"}), "invalid_value", "output_format");
@@ -289,28 +324,7 @@ fn a_word_that_is_none_of_the_accepted_ones_is_answered_with_them() {
 }
 
 #[test]
-fn a_field_of_a_later_feature_is_refused_by_name() {
-    for (field, value) in [
-        ("guidance_start", json!(0.1)),
-        ("guidance_end", json!(0.9)),
-        ("sigma_schedule", json!("exponential")),
-        ("sigma_schedule", json!("beta")),
-        ("sigma_schedule", json!("lu")),
-        ("timesteps", json!([1])),
-        ("sigmas", json!([1.0])),
-        ("preset", json!("turbo")),
-        ("prompt_weighting", json!("compel")),
-        ("textual_inversions", json!([{}])),
-        ("hires", json!({})),
-        ("aesthetic_score", json!(5)),
-        ("negative_aesthetic_score", json!(2)),
-        ("loras", json!([{}])),
-        ("denoising_start", json!(0.8)),
-        ("denoising_end", json!(0.8)),
-        ("refiner", json!({})),
-    ] {
-        refused(json!({field: value}), "unsupported_feature", field);
-    }
+fn a_model_that_is_not_here_is_answered_with_those_that_are() {
     let error = check(&with(json!({"model": "other"})), &limits()).unwrap_err();
     assert_eq!(
         (error.code, error.class, error.field.as_deref()),
@@ -319,6 +333,59 @@ fn a_field_of_a_later_feature_is_refused_by_name() {
     assert_eq!(error.remedy.unwrap(), "choose one of base, anime, or leave `model` out");
     let none = Limits { models: vec![], ..limits() };
     assert_eq!(check(&with(json!({"model": "base"})), &none).unwrap_err().code, "unknown_model");
+}
+
+#[test]
+fn lora_tags_are_text_unless_prompts_are_weighted() {
+    let tagged = json!({
+        "prompt": "a <lora:ink:0.5>cat", "prompt_2": "<lora:wool> dog", "negative_prompt": "blurry<lora:x>",
+        "negative_prompt_2": "<lora:y:2>",
+    });
+    let params = accepted(tagged.clone());
+    assert_eq!(params.prompt, tagged["prompt"].as_str().unwrap());
+    for weighting in ["a1111", "compel"] {
+        let weighted = |fields: Value| {
+            let mut fields = fields;
+            fields["prompt_weighting"] = json!(weighting);
+            fields
+        };
+        let with_list = weighted(tagged.clone());
+        let params = accepted({
+            let mut fields = with_list;
+            fields["loras"] = json!([{"path": "a", "scale": 2}]);
+            fields
+        });
+        assert_eq!((params.prompt.as_str(), params.prompt_2.as_deref()), ("a cat", Some(" dog")));
+        let found: Vec<_> = params.loras.iter().map(|lora| (lora.source.text(), lora.scale)).collect();
+        assert_eq!(found, [("a", 2.0), ("ink", 0.5), ("wool", 1.0)]);
+        let params =
+            accepted(weighted(json!({"negative_prompt": "blurry<lora:x>", "negative_prompt_2": "<lora:y:2>"})));
+        assert_eq!(params.negative_prompt.as_deref(), Some("blurry"));
+        assert_eq!(params.negative_prompt_2.as_deref(), Some(""));
+    }
+    refused(json!({"prompt_weighting": "A1111"}), "invalid_value", "prompt_weighting");
+}
+
+#[test]
+fn a_textual_inversion_has_a_file_and_a_word() {
+    let inversions = |list: Value| json!({"textual_inversions": list});
+    for (list, code, field) in [
+        (json!([{}]), "missing_field", "textual_inversions[0]"),
+        (json!([{"path": "a"}]), "missing_field", "textual_inversions[0].token"),
+        (json!([{"token": "a", "name": "x", "url": "x"}]), "conflicting_fields", "textual_inversions[0].url"),
+        (json!([{"token": "a", "name": "x", "sha256": "x"}]), "invalid_value", "textual_inversions[0].sha256"),
+        (json!([{"path": "a", "token": ""}]), "invalid_value", "textual_inversions[0].token"),
+        (json!([{"path": "a", "token": "a b"}]), "invalid_value", "textual_inversions[0].token"),
+        (json!([{"path": "a", "token": "x".repeat(65)}]), "invalid_value", "textual_inversions[0].token"),
+        (
+            json!([{"path": "a", "token": "<x>"}, {"path": "b", "token": "<X>"}]),
+            "invalid_value",
+            "textual_inversions[1].token",
+        ),
+        (json!(vec![json!({"path": "a", "token": "a"}); 17]), "too_large", "textual_inversions"),
+    ] {
+        refused(inversions(list), code, field);
+    }
 }
 
 #[test]
@@ -345,12 +412,16 @@ fn the_first_problem_in_the_contract_s_order_is_reported() {
         ("num_inference_steps", "out_of_range"),
         ("num_images", "out_of_range"),
         ("scheduler", "unknown_scheduler"),
-        ("loras", "unsupported_feature"),
+        ("loras[0]", "missing_field"),
         ("output_quality", "out_of_range"),
         ("response_format", "invalid_value"),
     ] {
         refused(fields.clone(), code, field);
-        let given = if field == "num_inference_steps" { "steps" } else { field };
+        let given = match field {
+            "num_inference_steps" => "steps",
+            "loras[0]" => "loras",
+            field => field,
+        };
         fields.as_object_mut().unwrap().remove(given);
     }
     accepted(fields);
@@ -362,11 +433,18 @@ fn the_effective_request_makes_the_same_parameters_without_a_warning() {
         json!({}),
         json!({"seed": i64::MAX, "scheduler": "DDIM", "eta": 0.5, "negative_prompt": "", "model": "anime"}),
         json!({"sigma_schedule": "karras", "cfg_scale": 7.1, "guidance_rescale": 0.7, "size": "64x72", "n": 1}),
+        json!({"scheduler": "DPM++ 2M SDE Karras", "steps": 12}),
+        json!({"scheduler": "euler", "sigmas": [14.6, 3.7, 0.1, 0.0]}),
+        json!({"scheduler": "heun", "timesteps": [999, 500, 10]}),
         json!({
             "prompt": "«emoji» 🦀 \"quotes\"\n\u{0}", "prompt_2": "b", "negative_prompt_2": "c", "clip_skip": 1,
             "original_size": [1, 2], "crops_coords_top_left": [3, 4], "target_size": [5, 6],
             "negative_original_size": [7, 8], "negative_crops_coords_top_left": [9, 10], "negative_target_size": [0, 1],
             "output_format": "webp", "output_quality": 3,
+        }),
+        json!({
+            "prompt": "a (cat)", "prompt_weighting": "compel", "negative_prompt": "<lora:x>bad",
+            "textual_inversions": [{"path": "a.safetensors", "token": "<x>"}, {"path": "b", "token": "y"}],
         }),
     ] {
         let params = accepted(fields);
@@ -578,4 +656,98 @@ fn a_control_that_makes_no_sense_is_refused_with_its_path() {
     let error = check(&with(json!({"control_image": "x"})), &limits()).unwrap_err();
     assert_eq!((error.code, error.field.as_deref()), ("controlnet_not_available", Some("controlnets[0].model")));
     assert_eq!(error.remedy.unwrap(), "start the worker with --controlnet NAME=DIR (CONTROLNETS)");
+}
+
+fn with_refiner() -> Limits {
+    Limits { refiners: vec!["refiner".into(), "other".into()], ..limits() }
+}
+
+#[test]
+fn a_refiner_takes_over_where_the_base_model_ends_or_goes_over_its_result() {
+    let begin = |fields: Value| check(&with(fields), &with_refiner()).unwrap().refiner.unwrap().begin;
+    assert_eq!(begin(json!({"refiner": {}, "denoising_end": 0.8})), RefinerBegin::At(0.8));
+    assert_eq!(begin(json!({"refiner": {}, "denoising_end": 0.8, "denoising_start": 0.7})), RefinerBegin::At(0.7));
+    assert_eq!(begin(json!({"refiner": {}})), RefinerBegin::Strength(0.3));
+    assert_eq!(begin(json!({"refiner": {}, "strength": 0.5})), RefinerBegin::Strength(0.5));
+    let both = check(&with(json!({"refiner": {}, "image": "x", "strength": 0.5})), &with_refiner()).unwrap();
+    assert_eq!((both.init.unwrap().strength, both.refiner.unwrap().begin), (0.5, RefinerBegin::Strength(0.3)));
+    let flat = json!({"refiner_inference_steps": 50, "high_noise_frac": 0.8, "steps": 40});
+    let params = check(&with(flat), &with_refiner()).unwrap();
+    assert_eq!((params.denoising_end, params.refiner.unwrap().num_inference_steps), (Some(0.8), 50));
+}
+
+#[test]
+fn a_refiner_that_is_not_there_is_named() {
+    let code = |fields: Value, limits: &Limits| {
+        let error = check(&with(fields), limits).unwrap_err();
+        (error.code, error.field.unwrap(), error.remedy.is_some())
+    };
+    assert_eq!(code(json!({"refiner": {}}), &limits()), ("refiner_not_available", "refiner".into(), true));
+    let unknown = json!({"refiner": {"model": "refine"}});
+    assert_eq!(code(unknown, &with_refiner()), ("refiner_not_available", "refiner.model".into(), true));
+    refused(json!({"aesthetic_score": 5}), "unsupported_option", "aesthetic_score");
+    check(&with(json!({"refiner": {}, "aesthetic_score": 5})), &with_refiner()).unwrap();
+    let inpainting = Limits { needs_mask: true, ..with_refiner() };
+    let fields = json!({"refiner": {}, "image": "x", "mask_image": "x"});
+    assert_eq!(code(fields, &inpainting), ("unsupported_option", "refiner".into(), true));
+}
+
+#[test]
+fn a_part_of_the_run_needs_a_picture_to_begin_with() {
+    refused(json!({"denoising_start": 0.8}), "missing_field", "image");
+    refused(json!({"image": "x", "denoising_start": 0.8, "denoising_end": 0.8}), "out_of_range", "denoising_start");
+    let init = accepted(json!({"image": "x", "denoising_start": 0.8, "strength": 0})).init.unwrap();
+    assert_eq!(init.denoising_start, Some(0.8));
+    let refiner = Limits { needs_image: true, ..limits() };
+    let error = check(&with(json!({})), &refiner).unwrap_err();
+    assert_eq!((error.code, error.field.as_deref()), ("missing_field", Some("image")));
+    check(&with(json!({"image": "x", "aesthetic_score": 5})), &refiner).unwrap();
+}
+
+#[test]
+fn a_second_pass_is_as_large_as_the_limits_allow() {
+    let hires = |fields: Value| accepted(json!({"width": 512, "height": 768, "hires": fields})).hires.unwrap();
+    let default = hires(json!({}));
+    assert_eq!((default.height, default.width, default.num_inference_steps), (1536, 1024, 30));
+    assert_eq!((default.strength, default.upscaler), (0.7, Upscaler::Latent));
+    let small = hires(json!({"scale": 1.26, "steps": 12, "strength": 0.5, "upscaler": "Latent (bicubic)"}));
+    assert_eq!((small.height, small.width, small.num_inference_steps), (960, 640, 12));
+    assert_eq!((small.strength, small.upscaler), (0.5, Upscaler::LatentBicubic));
+    refused(json!({"hires": {"scale": 3}}), "too_large", "hires.scale");
+    refused(json!({"hires": {"scale": 0.5}}), "out_of_range", "hires.scale");
+    refused(json!({"hires": {"strength": 0.1, "steps": 5}}), "out_of_range", "hires.strength");
+    refused(json!({"hires": {"upscaler": "esrgan"}}), "invalid_value", "hires.upscaler");
+    refused(json!({"hires": {}, "image": "x"}), "unsupported_option", "hires");
+}
+
+#[test]
+fn a_preset_fills_in_what_the_request_leaves_open() {
+    let params = accepted(json!({"preset": "lightning"}));
+    assert_eq!((params.num_inference_steps, params.guidance_scale), (4, 1.0));
+    assert_eq!(params.scheduler, Some(SchedulerKind::EulerDiscrete));
+    let own = accepted(json!({"preset": "Lightning", "steps": 8, "guidance_scale": 2, "scheduler": "ddim"}));
+    assert_eq!((own.num_inference_steps, own.guidance_scale, own.scheduler), (8, 2.0, Some(SchedulerKind::Ddim)));
+    let one = accepted(json!({"preset": "hyper", "steps": 1}));
+    assert_eq!((one.scheduler, one.timesteps), (Some(SchedulerKind::Lcm), Some(vec![800])));
+    refused(json!({"preset": "fast"}), "invalid_value", "preset");
+}
+
+#[test]
+fn the_model_s_own_preset_acts_unless_the_request_says_none() {
+    let lcm = Limits { preset: Some(Preset::Lcm), has_embedded_guidance: true, ..limits() };
+    let params = check(&with(json!({})), &lcm).unwrap();
+    assert_eq!((params.num_inference_steps, params.guidance_scale, params.scheduler), (4, 8.0, None));
+    let params = check(&with(json!({"preset": "none"})), &lcm).unwrap();
+    assert_eq!((params.num_inference_steps, params.guidance_scale, params.preset), (30, 5.0, None));
+}
+
+#[test]
+fn what_runs_after_the_first_pass_is_in_the_record() {
+    let fields = json!({"refiner": {"model": "other"}, "denoising_end": 0.8, "hires": {"scale": 1.5}, "preset": "turbo",
+        "guidance_end": 0.5, "aesthetic_score": 7, "seed": 1, "steps": 4});
+    let params = check(&with(fields), &with_refiner()).unwrap();
+    let record = effective_request(&params, params.scheduler.unwrap(), "base");
+    let mut again = check(&record, &with_refiner()).unwrap();
+    again.scheduler = params.scheduler;
+    assert_eq!(again, params);
 }

@@ -17,7 +17,7 @@ pub(super) fn shorten(text: &str, max: usize) -> String {
 }
 
 /// The candidate that looks most like `name`. The first part of a very long name is enough to tell.
-pub(super) fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+pub fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let name = shorten(name, 80).to_lowercase();
     candidates
         .into_iter()

@@ -28,7 +28,7 @@ pub fn generate(arguments: &EngineArgs, options: &GenerateArgs) -> Result<()> {
     if let Some(folder) = options.save_latents.as_deref().filter(|path| path.is_dir()) {
         return Err(unwritable(folder, anyhow::anyhow!("it is a folder")));
     }
-    let handler = start_handler(arguments)?;
+    let handler = start_handler(arguments)?.with_any_path();
     let (output, latents) = handler.generate(&input, progress::shown(options.quiet))?;
     for warning in output.warnings() {
         tracing::warn!("{warning}");

@@ -20,11 +20,13 @@ pub use serve::serve;
 pub use tokenize::tokenize;
 
 use std::future::Future;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
+use tch::Device;
 use tokio::task::spawn_blocking;
 
+use crate::api::Timings;
 use crate::cli::EngineArgs;
 use crate::config;
 use crate::context::JobContext;
@@ -32,44 +34,93 @@ use crate::engine::Engine;
 use crate::error::Result;
 use crate::handler::Handler;
 use crate::job::Runner;
+use crate::memory;
 use crate::pipeline::StableDiffusionXlPipeline;
 
-/// Loads the model that the options name, and answers for it.
+/// Loads the model that the options name on the first of the devices, and answers for it: for commands that run one job
+/// at a time.
 fn start_handler(arguments: &EngineArgs) -> Result<Handler> {
-    let settings = config::settings(arguments)?;
-    let (model, device) = (settings.model.display().to_string(), crate::device::name(settings.device));
-    tracing::debug!(model, device, dtype = crate::models::dtype_name(settings.kind), "loading");
-    let started = Instant::now();
-    let engine = Engine::start(move || StableDiffusionXlPipeline::load(settings))?;
-    tracing::info!(model, device, seconds = format!("{:.2}", started.elapsed().as_secs_f64()), "model loaded");
-    Ok(Handler::new(engine, config::limits(arguments), config::downloader()))
+    start_on(arguments, &config::devices(arguments)?[..1])
 }
 
-/// How long the phases of the start took. Clones share the list.
-#[derive(Clone, Default)]
-struct ColdStart(Arc<Mutex<Vec<(&'static str, Duration)>>>);
+fn start_on(arguments: &EngineArgs, devices: &[Device]) -> Result<Handler> {
+    let settings = config::settings(arguments, devices)?;
+    let (model, dtype) = (settings[0].model.display().to_string(), crate::models::dtype_name(settings[0].kind));
+    let names: Vec<String> = devices.iter().map(|device| crate::device::name(*device)).collect();
+    let device = names.join(",");
+    tracing::debug!(model, device, dtype, "loading");
+    let started = Instant::now();
+    let loads = settings.into_iter().map(|settings| move || StableDiffusionXlPipeline::load(settings));
+    let engine = Engine::start_all(names.into_iter().zip(loads).collect())?;
+    tracing::info!(model, device, seconds = format!("{:.2}", started.elapsed().as_secs_f64()), "model loaded");
+    Ok(Handler::new(engine, config::limits(arguments), config::downloader(), config::adapters(arguments)))
+}
+
+/// What became of the start: how long its phases took, and the engines. Clones share it.
+#[derive(Clone)]
+struct ColdStart {
+    phases: Arc<Mutex<Vec<(&'static str, Duration)>>>,
+    engine: Arc<OnceLock<Engine>>,
+}
 
 impl ColdStart {
+    /// To be called first: how old the process is by then was the loader's work on libtorch.
+    fn begin() -> Self {
+        let age = memory::process_age().map(|age| ("load_libtorch", age));
+        ColdStart { phases: Arc::new(Mutex::new(age.into_iter().collect())), engine: Arc::default() }
+    }
+
     fn time<T>(&self, phase: &'static str, work: impl FnOnce() -> T) -> T {
         let started = Instant::now();
         let result = work();
-        self.0.lock().expect("pushing does not panic").push((phase, started.elapsed()));
+        self.phases.lock().expect("pushing does not panic").push((phase, started.elapsed()));
         result
     }
 
+    /// What was timed elsewhere.
+    fn include(&self, times: &Timings) {
+        let mut phases = self.phases.lock().expect("pushing does not panic");
+        phases.extend(times.iter().map(|(phase, ms)| (phase, Duration::from_secs_f64(ms / 1000.0))));
+    }
+
+    fn timings(&self) -> Timings {
+        let mut timings = Timings::default();
+        self.phases().into_iter().for_each(|(phase, time)| timings.add(phase, time));
+        timings
+    }
+
     fn phases(&self) -> Vec<(&'static str, Duration)> {
-        self.0.lock().expect("pushing does not panic").clone()
+        self.phases.lock().expect("pushing does not panic").clone()
+    }
+
+    /// How many engines take jobs.
+    fn engines(&self) -> usize {
+        self.engine.get().map_or(0, Engine::count)
     }
 }
 
-/// Loads the model and runs one warm-up step, off the threads that talk to the network.
-async fn load_runner(arguments: EngineArgs, phases: ColdStart) -> Result<Arc<dyn Runner>> {
+/// Loads the model on every device and runs one warm-up step on each, off the threads that talk to the network.
+async fn load_runner(arguments: EngineArgs, start: ColdStart) -> Result<Arc<dyn Runner>> {
     let load = move || -> Result<Arc<dyn Runner>> {
-        let handler = phases.time("load_model", || start_handler(&arguments))?;
-        let _picture = phases.time("warm_up", || handler.generate(&handler.warm_up(), JobContext::default()))?;
+        let devices = config::devices(&arguments)?;
+        let handler = start.time("load_model", || start_on(&arguments, &devices))?;
+        start.time("warm_up", || warm_up(&handler, devices.len()))?;
+        start.include(handler.load_times());
+        start.engine.set(handler.engine().clone()).ok();
+        handler.report_start(start.timings());
         Ok(Arc::new(Arc::new(handler)))
     };
     spawn_blocking(load).await.map_err(anyhow::Error::from)?
+}
+
+/// One step for each engine; all of them are free, so each takes one.
+fn warm_up(handler: &Handler, engines: usize) -> Result<()> {
+    let request = handler.warm_up();
+    std::thread::scope(|scope| {
+        let run = || scope.spawn(|| handler.generate(&request, JobContext::default()).map(drop));
+        let running: Vec<_> = (0..engines).map(|_| run()).collect();
+        running.into_iter().try_for_each(|thread| thread.join().expect("a job's panic is an error"))
+    })
 }
 
 /// Runs `work` on a runtime of its own; threads that still block at the end are left behind.

@@ -29,7 +29,7 @@ pub fn run_once(arguments: &EngineArgs, test_input: Option<&str>) -> Result<()> 
         Error::invalid("missing_field", "input", format!("the job in {name} has no `input`")).remedy(JOB_HINT)
     })?;
     parse(input)?;
-    let (output, _) = start_handler(arguments)?.generate(input, JobContext::default())?;
+    let (output, _) = start_handler(arguments)?.with_any_path().generate(input, JobContext::default())?;
     println!("{}", output.to_json());
     Ok(())
 }

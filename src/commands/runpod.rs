@@ -12,19 +12,20 @@ use crate::worker::{self, GpuChecks, Hooks, Settings, Upload};
 
 /// Works for RunPod until the platform ends it. Does not return: a thread may hang on a lost device.
 pub fn runpod(arguments: &EngineArgs, settings: Settings) -> Result<()> {
+    let start = ColdStart::begin();
     let uploader = config::uploader()?;
     let upload: Upload = Arc::new(move |job_id, s3_config, files| {
         let uploader = uploader.clone();
         Box::pin(async move { uploader.upload_pictures(&job_id, s3_config.as_ref(), files).await })
     });
-    let load = load_runner(arguments.clone(), ColdStart::default());
+    let load = load_runner(arguments.clone(), start);
     let exit = block_on(async move {
         let signals = worker::signals().map_err(anyhow::Error::from)?;
         // libtorch looks for devices in the load, so that the heartbeat does not wait for it
         let hooks = Hooks { upload: Some(upload), gpu_checks: gpu_checks(), ..Hooks::default() };
         Ok(worker::run(settings, load, signals, hooks).await)
     })?;
-    std::process::exit(exit.code().into())
+    torch::exit(exit.code())
 }
 
 /// The checks of an accelerator, where there is one.

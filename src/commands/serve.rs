@@ -3,6 +3,7 @@ use std::time::Duration;
 
 use reqwest::Method;
 use reqwest::header::CONTENT_TYPE;
+use tch::Device;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
@@ -11,7 +12,6 @@ use url::Url;
 use super::{ColdStart, block_on, load_runner};
 use crate::cli::{EngineArgs, ServeArgs};
 use crate::config;
-use crate::device;
 use crate::error::{Error, Result};
 use crate::net::{self, Guard, Uploader};
 use crate::server::{self, Encode, Finished, GpuMemory, Hooks, Listeners, PostWebhook, RunnerState};
@@ -19,26 +19,30 @@ use crate::{torch, worker};
 
 /// Serves RunPod's endpoint API on this machine until a signal ends it.
 pub fn serve(arguments: &EngineArgs, options: &ServeArgs) -> Result<()> {
-    let settings = config::serve_settings(options)?;
+    let start = ColdStart::begin();
+    let settings = config::serve_settings(arguments, options)?;
     let (host, port) = config::serve_address(options);
     let health_port = config::health_port(port);
     if settings.api_key.is_none() && !matches!(host.as_str(), "127.0.0.1" | "::1") {
         tracing::warn!("serving {host} without an API key: everybody who reaches it can use it (--api-key)");
     }
-    let phases = ColdStart::default();
     let hooks = Hooks {
         encode: Some(encode(config::uploader()?)),
         post_webhook: Some(post_webhook(config::guard())),
-        gpu_memory: Some(Arc::new(|| {
-            let (free, total_bytes) = torch::device_memory(device::best()).ok().flatten()?;
-            Some(GpuMemory { used_bytes: total_bytes - free, total_bytes })
+        gpu_memory: Some(Arc::new({
+            let arguments = arguments.clone();
+            move || gpu_memory(&arguments)
+        })),
+        engines: Some(Arc::new({
+            let start = start.clone();
+            move || start.engines()
         })),
         cold_start: Some(Arc::new({
-            let phases = phases.clone();
-            move || phases.phases()
+            let start = start.clone();
+            move || start.phases()
         })),
     };
-    let load = load_runner(arguments.clone(), phases);
+    let load = load_runner(arguments.clone(), start);
     block_on(async move {
         let bind = async |port: u16| {
             TcpListener::bind((host.as_str(), port)).await.map_err(|e| {
@@ -66,6 +70,16 @@ pub fn serve(arguments: &EngineArgs, options: &ServeArgs) -> Result<()> {
         });
         server::serve(Listeners { api, health }, settings, runner, hooks, signals).await
     })
+}
+
+/// The sum over the GPUs that are used.
+fn gpu_memory(arguments: &EngineArgs) -> Option<GpuMemory> {
+    let devices = config::devices(arguments).ok()?;
+    let distinct = devices.iter().enumerate().filter(|(index, device)| !devices[..*index].contains(device));
+    let read = |(_, device): (usize, &Device)| torch::device_memory(*device).ok().flatten();
+    let add = |(free, total), (more_free, more): (u64, u64)| (free + more_free, total + more);
+    let (free, total_bytes) = distinct.filter_map(read).reduce(add)?;
+    Some(GpuMemory { used_bytes: total_bytes - free, total_bytes })
 }
 
 /// The output that clients get: links where the job or the worker has a bucket, else the pictures themselves.

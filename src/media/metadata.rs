@@ -17,7 +17,7 @@ use img_parts::webp::WebP;
 use img_parts::{Bytes, ImageEXIF};
 use serde_json::Value;
 
-use crate::api::{ControlParams, GenerateParams, SchedulerKind, SigmaSchedule, effective_request};
+use crate::api::{ControlParams, GenerateParams, SchedulerKind, effective_request};
 use crate::error::{Error, Result};
 
 /// PNG's key for A1111's text.
@@ -199,8 +199,8 @@ fn a1111_text(params: &GenerateParams, scheduler: SchedulerKind, model: &str) ->
     }
     let mut settings =
         vec![format!("Steps: {}", params.num_inference_steps), format!("Sampler: {}", scheduler.label())];
-    if let Some(SigmaSchedule::Karras) = params.sigma_schedule {
-        settings.push("Schedule type: Karras".into());
+    if let Some(schedule) = params.sigma_schedule {
+        settings.push(format!("Schedule type: {}", schedule.label()));
     }
     settings.push(format!("CFG scale: {}", params.guidance_scale));
     settings.push(format!("Seed: {}", params.seed));

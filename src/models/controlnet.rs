@@ -1,28 +1,30 @@
+use std::cell::RefCell;
 use std::path::Path;
 
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use super::GraphSet;
+use super::compiled::CompiledModule;
 use super::model_dir::read_json;
+use super::replay::ReplayedModule;
 use super::unet::{INPUTS, Residuals, UNetInputs};
 use crate::error::{Error, Result};
 use crate::torch::Module;
-use crate::weights::{Checkpoint, Weights};
+use crate::weights::{Checkpoint, InUse, Weights, in_use};
 
 /// `ControlNetModel` or `ControlNetUnionModel`. Scales are left to the caller.
 pub struct ControlNet {
     /// From control map to condition.
     embed: Module,
-    module: Module,
+    module: ReplayedModule,
     kind: Kind,
     device: Device,
     /// Of a union net: how many control types it has.
     num_control_type: Option<i64>,
     /// The residuals are means over the picture; such a net always runs in guess mode, and unscaled by depth.
     pub global_pool_conditions: bool,
-    /// Of the weights.
-    pub bytes: u64,
+    weights: RefCell<Weights>,
 }
 
 /// What a union net is told of its controls.
@@ -73,7 +75,7 @@ impl ControlNet {
     pub fn load(
         graphs: &GraphSet,
         config: &ControlNetConfig,
-        checkpoint: Checkpoint,
+        mut weights: Weights,
         dir: &Path,
         (kind, device): (Kind, Device),
     ) -> Result<Self> {
@@ -85,18 +87,31 @@ impl ControlNet {
         entry.expect_first_inputs(&INPUTS)?;
         let (embed, module) = (graphs.load(embed_entry, device)?, graphs.load(entry, device)?);
         let known = |name: &str| embed_entry.has_parameter(name) || entry.has_parameter(name);
-        let mut weights = Weights::new(checkpoint, device, kind);
         weights.bind(&embed, known)?;
         weights.bind(&module, known)?;
         Ok(ControlNet {
             embed,
-            module,
+            module: ReplayedModule::new(CompiledModule::plain(module)),
             kind,
             device,
             num_control_type: num_control_type.map(i64::from),
             global_pool_conditions: config.get("global_pool_conditions").and_then(Value::as_bool).unwrap_or(false),
-            bytes: weights.bytes(),
+            weights: RefCell::new(weights),
         })
+    }
+
+    /// Of the weights.
+    pub fn bytes(&self) -> u64 {
+        self.weights.borrow().bytes()
+    }
+
+    pub(crate) fn weights(&self) -> &RefCell<Weights> {
+        &self.weights
+    }
+
+    /// What is computed while the result lives finds the weights on the device.
+    pub(crate) fn in_use(&self) -> Result<InUse<'_>> {
+        in_use(&self.weights)
     }
 
     /// The condition of one control map, `[1, 3, height, width]` in 0 to 1: `[1, channels, h, w]`.

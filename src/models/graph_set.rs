@@ -7,6 +7,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 use tch::{Device, Kind};
 
+use super::compiled::PackageEntry;
 use super::dtype_name;
 use crate::error::{Error, Result};
 use crate::torch::Module;
@@ -17,11 +18,15 @@ const FORMAT: u64 = 1;
 pub struct GraphSet {
     dir: PathBuf,
     graphs: Vec<GraphEntry>,
+    packages: Vec<PackageEntry>,
 }
 
 #[derive(Deserialize)]
 struct Manifest {
     graphs: Vec<GraphEntry>,
+    /// Graphs compiled ahead of time.
+    #[serde(default)]
+    packages: Vec<PackageEntry>,
 }
 
 /// One graph's entry in the manifest.
@@ -58,7 +63,12 @@ impl GraphSet {
             return Err(setup("graphs_invalid", message));
         }
         let manifest: Manifest = serde_json::from_value(manifest).map_err(|e| unreadable(anyhow::Error::from(e)))?;
-        Ok(GraphSet { dir: dir.to_owned(), graphs: manifest.graphs })
+        Ok(GraphSet { dir: dir.to_owned(), graphs: manifest.graphs, packages: manifest.packages })
+    }
+
+    /// The same without what was compiled ahead of time.
+    pub fn without_packages(self) -> Self {
+        GraphSet { packages: Vec::new(), ..self }
     }
 
     /// The graph of `component` in `kind` that was traced for this configuration.
@@ -69,7 +79,7 @@ impl GraphSet {
         let dtype = dtype_name(kind);
         let mut nearest: Option<Vec<String>> = None;
         for graph in self.graphs.iter().filter(|g| g.component == component) {
-            let mut differences = graph.differences(config);
+            let mut differences = differences(&graph.config, &graph.defaults, config);
             if graph.dtype != dtype {
                 differences.push(format!("dtype is {}, not {dtype}", graph.dtype));
             }
@@ -112,6 +122,14 @@ impl GraphSet {
         Ok(module)
     }
 
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    pub(super) fn packages(&self) -> &[PackageEntry] {
+        &self.packages
+    }
+
     /// Every graph, for a report.
     pub fn entries(&self) -> impl Iterator<Item = &GraphEntry> {
         self.graphs.iter()
@@ -149,20 +167,20 @@ impl GraphEntry {
         let message = format!("{} takes ({given}), this version gives ({})", self.file, names.join(", "));
         Err(Error::setup("graphs_invalid", message).remedy(EXPORT_HINT))
     }
+}
 
-    /// The keys in which `config` differs from what the graph was traced for.
-    fn differences(&self, config: &Value) -> Vec<String> {
-        let mut differences = Vec::new();
-        for (key, traced) in &self.config {
-            // null is what diffusers writes for "the default"
-            let given = config.get(key).filter(|value| !value.is_null());
-            let given = given.or_else(|| self.defaults.get(key)).unwrap_or(&Value::Null);
-            if !equal(given, traced) {
-                differences.push(format!("{key} is {traced} in the graph, {given} in the model"));
-            }
+/// The keys in which `config` differs from what a graph was made for, where `defaults` say what an absent key means.
+pub(super) fn differences(made_for: &Map<String, Value>, defaults: &Map<String, Value>, config: &Value) -> Vec<String> {
+    let mut differences = Vec::new();
+    for (key, traced) in made_for {
+        // null is what diffusers writes for "the default"
+        let given = config.get(key).filter(|value| !value.is_null());
+        let given = given.or_else(|| defaults.get(key)).unwrap_or(&Value::Null);
+        if !equal(given, traced) {
+            differences.push(format!("{key} is {traced} in the graph, {given} in the model"));
         }
-        differences
     }
+    differences
 }
 
 /// Equality that takes 5 and 5.0 for the same number, as Python's JSON writers mix them.

@@ -1,8 +1,10 @@
 //! Graphs and the models they run: what is where, what fits, and one typed wrapper for each graph.
 
+mod compiled;
 mod controlnet;
 mod graph_set;
 mod model_dir;
+mod replay;
 mod text_encoder;
 mod unet;
 mod vae;
@@ -10,6 +12,7 @@ mod vae;
 pub use controlnet::{ControlNet, ControlNetConfig, UnionInputs};
 pub use graph_set::GraphSet;
 pub use model_dir::ModelDir;
+pub use replay::keep_captured_calls;
 pub use text_encoder::{TextEncoder, TextEncoderOutput};
 pub use unet::{Residuals, UNet, UNetInputs};
 pub use vae::{LatentDistribution, Vae, VaeEncoder};

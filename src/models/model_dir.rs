@@ -41,6 +41,16 @@ impl ModelDir {
         self.path.join(name)
     }
 
+    /// Whether the pipeline has this component: a refiner has no `text_encoder`.
+    pub fn has(&self, name: &str) -> bool {
+        !matches!(self.index.get(name), Some(Value::Array(parts)) if parts.iter().any(Value::is_null))
+    }
+
+    /// Whether the UNet is told how good the picture shall be, in the place of its size: a refiner's is.
+    pub fn requires_aesthetics_score(&self) -> bool {
+        self.index.get("requires_aesthetics_score").and_then(Value::as_bool).unwrap_or(false)
+    }
+
     /// `config.json` of a component.
     pub fn config(&self, component: &str) -> Result<Value> {
         read_json(&self.component(component).join("config.json"))

@@ -4,22 +4,25 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use super::GraphSet;
+use super::compiled::CompiledModule;
 use super::model_dir::integer;
+use super::replay::ReplayedModule;
 use crate::error::{Error, Result};
-use crate::torch::Module;
-use crate::weights::{Checkpoint, Weights};
+use crate::weights::Weights;
 
 /// `UNet2DConditionModel` with SDXL's added conditions.
 pub struct UNet {
-    module: Module,
+    module: ReplayedModule,
     /// The same UNet with a ControlNet's residuals as further inputs, on the same tensors.
-    control: Option<Module>,
+    control: Option<ReplayedModule>,
     /// Of the latents, and for inpainting of the mask and the masked picture's latents too.
     pub in_channels: i64,
     /// Latent height and width that the model was trained for.
     pub sample_size: i64,
     pub addition_time_embed_dim: i64,
     pub add_embedding_in_features: i64,
+    /// Width of the guidance scale's embedding, where the UNet was distilled to take one.
+    pub time_cond_proj_dim: Option<i64>,
 }
 
 /// One call. All in the graph's dtype and on its device, but `timestep`.
@@ -32,8 +35,10 @@ pub struct UNetInputs<'a> {
     pub encoder_hidden_states: &'a Tensor,
     /// `[batch, projection_dim]`
     pub text_embeds: &'a Tensor,
-    /// `[batch, 6]`
+    /// `[batch, 6]`; a refiner's `[batch, 5]`
     pub time_ids: &'a Tensor,
+    /// `[batch, time_cond_proj_dim]`, where the UNet takes one
+    pub timestep_cond: Option<&'a Tensor>,
 }
 
 /// What a ControlNet adds to the UNet: one tensor for each skip connection, then one for the middle block.
@@ -48,50 +53,56 @@ impl UNetInputs<'_> {
 }
 
 impl UNet {
-    /// `with_control` also loads the graph that takes residuals.
+    /// `with_control` also loads the graph that takes residuals. Also gives the bound weights.
     pub fn load(
         graphs: &GraphSet,
         config: &Value,
-        checkpoint: Checkpoint,
+        mut weights: Weights,
         model: &Path,
         (kind, device): (Kind, Device),
         with_control: bool,
-    ) -> Result<Self> {
+    ) -> Result<(Self, Weights)> {
         let in_channels = integer(config, "in_channels", 4);
-        if ![4, 9].contains(&in_channels) || !config.get("time_cond_proj_dim").is_none_or(Value::is_null) {
-            let message = "this UNet is no text-to-image or inpainting one (in_channels 4 or 9, no time_cond_proj_dim)";
+        if ![4, 9].contains(&in_channels) {
+            let message = "this UNet is no text-to-image or inpainting one (in_channels 4 or 9)";
             return Err(Error::setup("unsupported_model", message).remedy("use an SDXL base or fine-tuned model"));
         }
+        let time_cond_proj_dim = config.get("time_cond_proj_dim").and_then(Value::as_i64);
+        let mut inputs = INPUTS.to_vec();
+        inputs.extend(time_cond_proj_dim.map(|_| "timestep_cond"));
         let entry = graphs.find("unet", kind, config, model)?;
-        entry.expect_inputs(&INPUTS)?;
+        entry.expect_inputs(&inputs)?;
         let module = graphs.load(entry, device)?;
-        let mut weights = Weights::new(checkpoint, device, kind);
         weights.bind(&module, |name| entry.has_parameter(name))?;
+        let module = CompiledModule::load(graphs, "unet", config, module, &mut weights, (kind, device));
         let control = if with_control {
             let entry = graphs.find("unet_control", kind, config, model)?;
-            entry.expect_first_inputs(&INPUTS)?;
+            entry.expect_first_inputs(&inputs)?;
             let module = graphs.load(entry, device)?;
             weights.bind(&module, |name| entry.has_parameter(name))?;
-            Some(module)
+            Some(ReplayedModule::new(CompiledModule::plain(module)))
         } else {
             None
         };
-        Ok(UNet {
-            module,
+        let unet = UNet {
+            module: ReplayedModule::new(module),
             control,
             in_channels,
             sample_size: integer(config, "sample_size", 128),
             addition_time_embed_dim: integer(config, "addition_time_embed_dim", 256),
             add_embedding_in_features: integer(config, "projection_class_embeddings_input_dim", 2816),
-        })
+            time_cond_proj_dim,
+        };
+        Ok((unet, weights))
     }
 
     /// The predicted noise (or velocity), `[batch, 4, h, w]`.
     pub fn forward(&self, inputs: &UNetInputs, residuals: Option<&Residuals>) -> Result<Tensor> {
+        let inputs = inputs.list().into_iter().chain(inputs.timestep_cond);
         let mut outputs = match (residuals, &self.control) {
-            (None, _) => self.module.forward(&inputs.list())?,
+            (None, _) => self.module.forward(&inputs.collect::<Vec<_>>())?,
             (Some(Residuals(residuals)), Some(control)) => {
-                control.forward(&inputs.list().into_iter().chain(residuals).collect::<Vec<_>>())?
+                control.forward(&inputs.chain(residuals).collect::<Vec<_>>())?
             }
             (Some(_), None) => unreachable!("a ControlNet's UNet is loaded with its control graph"),
         };

@@ -1,13 +1,14 @@
+use std::cell::RefCell;
 use std::path::Path;
 
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use super::GraphSet;
+use super::compiled::CompiledModule;
 use super::model_dir::integer;
 use crate::error::Result;
-use crate::torch::Module;
-use crate::weights::{Checkpoint, Weights};
+use crate::weights::{InUse, Weights, in_use};
 
 /// The decoding half of `AutoencoderKL`.
 pub struct Vae {
@@ -22,7 +23,8 @@ pub struct VaeEncoder(Half);
 
 /// What the halves have in common.
 struct Half {
-    module: Module,
+    module: CompiledModule,
+    weights: RefCell<Weights>,
     kind: Kind,
     latents: LatentSpace,
     /// Side of a tile in pixels: the size the model was trained for.
@@ -45,12 +47,12 @@ impl Vae {
     pub fn load(
         graphs: &GraphSet,
         config: &Value,
-        checkpoint: Checkpoint,
+        weights: Weights,
         model: &Path,
         target: (Kind, Device),
     ) -> Result<Self> {
         Ok(Vae {
-            half: Half::load(["vae_decoder", "vae_encoder"], "latents", graphs, config, checkpoint, model, target)?,
+            half: Half::load(["vae_decoder", "vae_encoder"], "latents", graphs, config, weights, model, target)?,
             latent_channels: integer(config, "latent_channels", 4),
             scale_factor: scale_factor(config),
         })
@@ -58,6 +60,20 @@ impl Vae {
 
     pub fn kind(&self) -> Kind {
         self.half.kind
+    }
+
+    pub(crate) fn weights(&self) -> &RefCell<Weights> {
+        &self.half.weights
+    }
+
+    /// What is computed while the result lives finds the weights on the device.
+    pub(crate) fn in_use(&self) -> Result<InUse<'_>> {
+        in_use(&self.half.weights)
+    }
+
+    /// Whether decoding in tiles is the same as decoding whole, for a picture of this size in pixels.
+    pub fn is_one_tile(&self, (height, width): (u32, u32)) -> bool {
+        i64::from(height.max(width)) <= self.half.tile_sample_min_size
     }
 
     /// Pixels of a tile.
@@ -83,15 +99,24 @@ impl VaeEncoder {
     pub fn load(
         graphs: &GraphSet,
         config: &Value,
-        checkpoint: Checkpoint,
+        weights: Weights,
         model: &Path,
         target: (Kind, Device),
     ) -> Result<Self> {
-        Half::load(["vae_encoder", "vae_decoder"], "image", graphs, config, checkpoint, model, target).map(VaeEncoder)
+        Half::load(["vae_encoder", "vae_decoder"], "image", graphs, config, weights, model, target).map(VaeEncoder)
     }
 
     pub fn kind(&self) -> Kind {
         self.0.kind
+    }
+
+    pub(crate) fn weights(&self) -> &RefCell<Weights> {
+        &self.0.weights
+    }
+
+    /// What is computed while the result lives finds the weights on the device.
+    pub(crate) fn in_use(&self) -> Result<InUse<'_>> {
+        in_use(&self.0.weights)
     }
 
     /// The distribution of the latents of one image, `[1, 3, height, width]` in -1 to 1; by tiles as
@@ -121,7 +146,7 @@ impl Half {
         input: &str,
         graphs: &GraphSet,
         config: &Value,
-        checkpoint: Checkpoint,
+        mut weights: Weights,
         model: &Path,
         (kind, device): (Kind, Device),
     ) -> Result<Self> {
@@ -129,11 +154,12 @@ impl Half {
         entry.expect_inputs(&[input])?;
         let other = graphs.find(other, kind, config, model)?;
         let module = graphs.load(entry, device)?;
-        Weights::new(checkpoint, device, kind)
-            .bind(&module, |name| entry.has_parameter(name) || other.has_parameter(name))?;
+        weights.bind(&module, |name| entry.has_parameter(name) || other.has_parameter(name))?;
+        let module = CompiledModule::load(graphs, component, config, module, &mut weights, (kind, device));
         let tile_sample_min_size = integer(config, "sample_size", 32);
         Ok(Half {
             module,
+            weights: RefCell::new(weights),
             kind,
             latents: LatentSpace::of(config),
             tile_sample_min_size,

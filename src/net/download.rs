@@ -7,7 +7,7 @@ use anyhow::anyhow;
 use base64::Engine;
 use base64::alphabet::STANDARD;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
-use reqwest::header::{CONTENT_TYPE, LOCATION};
+use reqwest::header::{CONTENT_TYPE, HeaderMap, LOCATION};
 use reqwest::{Method, Response, StatusCode};
 use tokio::time::{sleep, timeout};
 use url::{Origin, Url};
@@ -16,6 +16,7 @@ use super::guard::refusal;
 use super::{Guard, Secret, back_off, is_passing, variable};
 use crate::error::{Error, ErrorClass, Result};
 
+const HUB: &str = "https://huggingface.co";
 const MAX_REDIRECTS: usize = 5;
 const MAX_URL_LENGTH: usize = 8192;
 /// RunPod's default of `RUNPOD_MAX_DOWNLOAD_BYTES`.
@@ -78,7 +79,9 @@ pub struct Download {
 #[derive(Debug, Clone)]
 pub struct Downloader {
     guard: Guard,
-    settings: Settings,
+    /// An origin that the operator configured, and how it is reached though it may be private.
+    trusted: Option<(Origin, Guard)>,
+    pub(super) settings: Settings,
     /// Whose token is whose.
     tokens: Vec<(Origin, Secret)>,
 }
@@ -91,10 +94,19 @@ impl Downloader {
                 tokens.push((url.origin(), token.clone()));
             }
         };
-        belongs(&settings.hub_token, "https://huggingface.co");
+        belongs(&settings.hub_token, HUB);
         belongs(&settings.hub_token, settings.hub_endpoint.as_deref().unwrap_or_default());
         belongs(&settings.civitai_token, "https://civitai.com");
-        Downloader { guard, settings, tokens }
+        Downloader { guard, trusted: None, settings, tokens }
+    }
+
+    /// The Hub's address, and what reaches it also where the operator configured one in a private network. For addresses
+    /// that are put together here, never for one that a client wrote.
+    pub(super) fn for_hub(&self) -> (String, Downloader) {
+        let endpoint = self.settings.hub_endpoint.as_deref().unwrap_or(HUB).trim_end_matches('/').to_owned();
+        let origin = self.settings.hub_endpoint.as_deref().and_then(|endpoint| Url::parse(endpoint).ok());
+        let trusted = origin.map(|url| (url.origin(), self.guard.opened()));
+        (endpoint, Downloader { trusted, ..self.clone() })
     }
 
     /// The bytes behind a picture or file field: an `http` or `https` address, a data URI, or bare base64. `field` is its
@@ -118,27 +130,29 @@ impl Downloader {
     ///
     /// `invalid_url`, `url_refused`, `download_failed`, `download_too_large`, `download_timeout`, with this `field`.
     pub async fn fetch(&self, url: &str, field: &str, max_bytes: u64) -> Result<Download> {
-        let max_bytes = max_bytes.min(self.settings.max_bytes);
         let result = match parse(url) {
-            Ok(url) => match timeout(self.settings.total_timeout, self.try_repeatedly(&url, max_bytes)).await {
-                Ok(result) => result,
-                Err(_) => Err(timed_out(&url, "was not done in time", self.settings.total_timeout)),
-            },
+            Ok(url) => self.fetch_small(&url, max_bytes).await.map_err(Failure::into_error),
             Err(error) => Err(error),
         };
         result.map_err(|error| error.field(field))
     }
 
-    async fn try_repeatedly(&self, url: &Url, max_bytes: u64) -> Result<Download> {
+    pub(super) async fn fetch_small(&self, url: &Url, max_bytes: u64) -> Result<Download, Failure> {
+        let max_bytes = max_bytes.min(self.settings.max_bytes);
+        match timeout(self.settings.total_timeout, self.try_repeatedly(url, max_bytes)).await {
+            Ok(result) => result,
+            Err(_) => Err(Failure::Passing(timed_out(url, "was not done in time", self.settings.total_timeout))),
+        }
+    }
+
+    async fn try_repeatedly(&self, url: &Url, max_bytes: u64) -> Result<Download, Failure> {
         let mut failed = 0;
         loop {
             match self.try_once(url, max_bytes).await {
-                Ok(download) => return Ok(download),
-                Err(Failure::Final(error)) => return Err(error),
                 Err(Failure::Passing(error)) => {
                     failed += 1;
                     if failed >= self.settings.tries {
-                        return Err(error);
+                        return Err(Failure::Passing(error));
                     }
                     tracing::debug!(
                         host = host(url),
@@ -148,12 +162,14 @@ impl Downloader {
                     );
                     sleep(back_off(failed)).await;
                 }
+                other => return other,
             }
         }
     }
 
     async fn try_once(&self, url: &Url, max_bytes: u64) -> Result<Download, Failure> {
-        let mut response = self.follow(url).await?;
+        let mut response = self.follow(url, &HeaderMap::new()).await?;
+        success(&response)?;
         let too_large = || {
             let message = format!("what {} sends is larger than {max_bytes} bytes", host(url));
             Failure::Final(
@@ -175,8 +191,9 @@ impl Downloader {
         Ok(Download { bytes, content_type })
     }
 
-    /// The first answer that is no redirect. A token goes along as long as the redirects stay where they began.
-    async fn follow(&self, first: &Url) -> Result<Response, Failure> {
+    /// The first answer that is no redirect, whatever its status. A token goes along as long as the redirects stay where
+    /// they began, `headers` all the way.
+    pub(super) async fn follow(&self, first: &Url, headers: &HeaderMap) -> Result<Response, Failure> {
         let origin = first.origin();
         let mut token = self.tokens.iter().find(|(owner, _)| *owner == origin).map(|(_, token)| token);
         let mut url = first.clone();
@@ -184,21 +201,27 @@ impl Downloader {
             if url.origin() != origin {
                 token = None;
             }
-            let mut request = self.guard.request(Method::GET, &url).map_err(Failure::Final)?;
+            let trusted = self.trusted.as_ref().filter(|(trusted, _)| *trusted == url.origin());
+            let guard = trusted.map_or(&self.guard, |(_, guard)| guard);
+            let mut request = guard.request(Method::GET, &url).map_err(Failure::Final)?.headers(headers.clone());
             if let Some(token) = token.filter(|_| url.username().is_empty() && url.password().is_none()) {
                 request = request.bearer_auth(token.reveal());
             }
             let response = self.in_time(&url, request.send()).await?;
             match response.status().as_u16() {
                 301 | 302 | 303 | 307 | 308 => url = target(&url, &response).map_err(Failure::Final)?,
-                _ => return success(&url, response),
+                _ => return Ok(response),
             }
         }
         Err(Failure::Final(failed(format!("{} leads to more than {MAX_REDIRECTS} redirects", host(first)))))
     }
 
     /// An answer or a piece of it, if it comes before the host counts as silent.
-    async fn in_time<T>(&self, url: &Url, part: impl Future<Output = reqwest::Result<T>>) -> Result<T, Failure> {
+    pub(super) async fn in_time<T>(
+        &self,
+        url: &Url,
+        part: impl Future<Output = reqwest::Result<T>>,
+    ) -> Result<T, Failure> {
         match timeout(self.settings.idle_timeout, part).await {
             Ok(Ok(part)) => Ok(part),
             Ok(Err(error)) => Err(match refusal(&error) {
@@ -215,12 +238,24 @@ impl Downloader {
 }
 
 /// Whether trying again may help.
-enum Failure {
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// There was no answer, or one that says "later".
     Passing(Error),
+    /// The host says no.
+    Refused(StatusCode, Error),
     Final(Error),
 }
 
-fn parse(url: &str) -> Result<Url> {
+impl Failure {
+    fn into_error(self) -> Error {
+        match self {
+            Failure::Passing(error) | Failure::Refused(_, error) | Failure::Final(error) => error,
+        }
+    }
+}
+
+pub(super) fn parse(url: &str) -> Result<Url> {
     let invalid = |message: &str| {
         Error::new(ErrorClass::InvalidInput, "invalid_url", message).remedy("send an http or https address")
     };
@@ -231,21 +266,24 @@ fn parse(url: &str) -> Result<Url> {
 }
 
 /// All that messages and logs say of an address: paths and queries hold keys.
-fn host(url: &Url) -> &str {
+pub(super) fn host(url: &Url) -> &str {
     url.host_str().unwrap_or("the host")
 }
 
-fn success(url: &Url, response: Response) -> Result<Response, Failure> {
+/// # Errors
+/// `download_failed`, unless the answer says that it has what was asked for.
+pub(super) fn success(response: &Response) -> Result<(), Failure> {
+    let url = response.url();
     let status = response.status();
     if status.is_success() {
-        return Ok(response);
+        return Ok(());
     }
     let error = failed(format!("{} answered {status}", host(url)));
     let error = match status {
         StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => error.remedy("name an address that anybody may read"),
         _ => error,
     };
-    Err(if is_passing(status) { Failure::Passing(error) } else { Failure::Final(error) })
+    Err(if is_passing(status) { Failure::Passing(error) } else { Failure::Refused(status, error) })
 }
 
 fn target(from: &Url, response: &Response) -> Result<Url> {
@@ -255,12 +293,12 @@ fn target(from: &Url, response: &Response) -> Result<Url> {
         .ok_or_else(|| failed(format!("{} redirects to no address", host(from))))
 }
 
-fn failed(message: impl Into<String>) -> Error {
+pub(super) fn failed(message: impl Into<String>) -> Error {
     Error::new(ErrorClass::InvalidInput, "download_failed", message)
         .remedy("check that the address leads to the file, or send the data inline")
 }
 
-fn timed_out(url: &Url, what: &str, limit: impl Into<Option<Duration>>) -> Error {
+pub(super) fn timed_out(url: &Url, what: &str, limit: impl Into<Option<Duration>>) -> Error {
     let limit = limit.into().map(|limit| format!(" ({} s)", limit.as_secs_f64())).unwrap_or_default();
     Error::new(ErrorClass::InvalidInput, "download_timeout", format!("{} {what}{limit}", host(url)))
         .remedy("name a faster host, or send the data inline")

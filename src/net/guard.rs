@@ -72,7 +72,8 @@ impl Guard {
 
     /// The same for addresses that the operator configured.
     pub(super) fn opened(&self) -> Self {
-        Guard::open(self.settings.clone())
+        let settings = Settings { allow_private: true, ..self.settings.clone() };
+        Guard::with_lookup(settings, self.lookup.clone(), self.allowed)
     }
 
     /// With another resolver and another idea of which addresses are public.

@@ -2,7 +2,10 @@
 //! folders. Whatever a client can name goes through [`Guard`] or [`Folders`]. Nothing here reads the environment or
 //! logs more of an address than its host.
 
+mod adapter_cache;
+mod adapters;
 mod download;
+mod download_file;
 mod guard;
 mod paths;
 mod proxy;
@@ -10,6 +13,8 @@ mod s3;
 
 use std::fmt;
 
+pub use adapter_cache::{AdapterCache, Stored};
+pub use adapters::{AdapterFile, AdapterFiles, AdapterSettings};
 pub use download::{Download, Downloader, Settings as DownloadSettings, from_inline};
 pub use guard::{Guard, Lookup, LookupFuture, Settings as GuardSettings, is_global, refusal, system_lookup};
 pub use paths::Folders;

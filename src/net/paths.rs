@@ -1,5 +1,6 @@
 //! Names of files in a job, looked up under the configured folders and nowhere else.
 
+use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use crate::error::{Error, ErrorClass, Result};
@@ -47,11 +48,24 @@ impl Folders {
         let message = "there is no such file in the configured folders";
         Err(Error::new(ErrorClass::NotFound, "file_not_found", message).field(field))
     }
+
+    /// Names of the first files whose names end so, from all folders and one level below, for messages.
+    pub fn list(&self, end: &str) -> Vec<String> {
+        const MOST: usize = 1000;
+        let entries = |folder: &Path| fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+        let mut names = Vec::new();
+        for folder in &self.0 {
+            let below = entries(folder).take(MOST).filter(|path| path.is_dir()).flat_map(|path| entries(&path));
+            let files = entries(folder).chain(below).take(MOST);
+            let name = |path: PathBuf| path.strip_prefix(folder).ok()?.to_str()?.strip_suffix(end).map(str::to_owned);
+            names.extend(files.filter_map(name));
+        }
+        names
+    }
 }
 
 #[cfg(all(test, unix))]
 mod tests {
-    use std::fs;
     use std::os::unix::fs::symlink;
 
     use super::*;

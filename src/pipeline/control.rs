@@ -42,6 +42,10 @@ struct Scales {
 }
 
 impl<'a> Controls<'a> {
+    pub(super) fn none() -> Self {
+        Controls { calls: Vec::new(), scale_mode: ScaleMode::Diffusers }
+    }
+
     /// `maps` are the control maps, float32 `[1, 3, height, width]` in 0 to 1, one for each of `params`.
     pub(super) fn new(
         params: &'a [ControlParams],
@@ -127,6 +131,7 @@ impl Call<'_> {
                 encoder_hidden_states: &encoder_hidden_states,
                 text_embeds: &text_embeds,
                 time_ids: &time_ids,
+                timestep_cond: None,
             };
             self.net.forward(&inputs, &conditions, &union)?
         } else {

@@ -5,7 +5,7 @@ use image::GrayImage;
 use tch::{Device, Kind, Tensor};
 
 use super::image_processor::preprocess;
-use crate::api::InitParams;
+use super::passes::{Begin, Pass};
 use crate::error::Result;
 use crate::models::{LatentDistribution, VaeEncoder};
 use crate::schedulers::{NoiseSource, Scheduler};
@@ -14,8 +14,6 @@ use crate::schedulers::{NoiseSource, Scheduler};
 pub(super) struct Start {
     /// `[num_images, 4, h, w]`
     pub(super) latents: Tensor,
-    /// The first step that is run.
-    pub(super) step: usize,
     pub(super) inpaint: Option<Inpaint>,
 }
 
@@ -36,12 +34,12 @@ pub(super) enum Inpaint {
 
 /// The pictures of a job as they are needed here.
 pub(super) struct InitImage<'a> {
-    pub(super) params: &'a InitParams,
-    /// float32 `[1, 3, height, width]` in -1 to 1
-    pub(super) image: Tensor,
+    /// float32 `[1, 3, height, width]` in -1 to 1: one for all images, or one for each
+    pub(super) images: Vec<Tensor>,
     pub(super) mask: Option<&'a GrayImage>,
     pub(super) encoder: &'a VaeEncoder,
-    pub(super) encode_by_tiles: bool,
+    /// The encoder's own `encode`, with as much memory as there is.
+    pub(super) encode: &'a dyn Fn(&Tensor) -> Result<LatentDistribution>,
 }
 
 /// Noise alone.
@@ -52,10 +50,20 @@ pub(super) fn from_noise(
     noise: &mut NoiseSource,
 ) -> Result<Start> {
     let latents = noise.randn(&shape, kind)?.to_device(device) * scheduler.init_noise_sigma();
-    Ok(Start { latents, step: 0, inpaint: None })
+    Ok(Start { latents, inpaint: None })
 }
 
-/// A picture with as much noise as its strength asks for.
+/// Latents `[num_images, 4, h, w]` that an earlier pass made, with noise where the pass adds some.
+pub(super) fn from_latents(latents: Tensor, pass: &Pass, noise: &mut NoiseSource) -> Result<Start> {
+    let latents = if pass.adds_noise() {
+        pass.scheduler.add_noise(&latents, &noise.randn_like(&latents)?, pass.steps.start)
+    } else {
+        latents
+    };
+    Ok(Start { latents, inpaint: None })
+}
+
+/// A picture with as much noise as the pass asks for.
 ///
 /// The draws come in diffusers' order. For inpainting that is: the picture's latents from the first image's generator
 /// alone, every image's noise, the masked picture's latents from the first again. Those latents only a UNet for inpainting
@@ -65,13 +73,11 @@ pub(super) fn from_image(
     shape: [i64; 3],
     (kind, device): (Kind, Device),
     has_inpainting_unet: bool,
-    scheduler: &dyn Scheduler,
+    pass: &Pass,
     noise: &mut NoiseSource,
 ) -> Result<Start> {
-    let steps = scheduler.timesteps().len();
-    let strength = init.params.strength;
-    let step = steps - ((steps as f64 * strength) as usize).min(steps);
-    let image = init.image.to_kind(kind).to_device(device);
+    let (scheduler, step) = (&pass.scheduler, pass.steps.start);
+    let images: Vec<Tensor> = init.images.iter().map(|image| image.to_kind(kind).to_device(device)).collect();
     let encoder = init.encoder;
     let one = [1, shape[0], shape[1], shape[2]];
     let sample = |latents: &LatentDistribution, generator: usize, noise: &mut NoiseSource, centred: bool| {
@@ -79,22 +85,22 @@ pub(super) fn from_image(
         Ok(encoder.scale(&latents.sample(&drawn).to_kind(kind), centred))
     };
     let Some(mask) = init.mask else {
-        let latents = encoder.encode(&image, init.encode_by_tiles)?;
-        let images = (0..noise.num_images()).map(|i| sample(&latents, i, noise, true));
-        let image_latents = Tensor::cat(&images.collect::<Result<Vec<_>>>()?, 0);
-        let noise = noise.randn(&shape, kind)?.to_device(device);
-        return Ok(Start { latents: scheduler.add_noise(&image_latents, &noise, step), step, inpaint: None });
+        let encoded: Vec<LatentDistribution> =
+            images.iter().map(|image| (init.encode)(image)).collect::<Result<_>>()?;
+        let samples = (0..noise.num_images()).map(|i| sample(&encoded[i % encoded.len()], i, noise, true));
+        return from_latents(Tensor::cat(&samples.collect::<Result<Vec<_>>>()?, 0), pass, noise);
     };
 
     let mask = mask_tensor(mask).to_device(device);
-    let from_noise_alone = strength == 1.0;
+    let from_noise_alone = pass.begin == Begin::Strength(1.0);
     let image_latents = if has_inpainting_unet && from_noise_alone {
         None
     } else {
-        Some(sample(&encoder.encode(&image, init.encode_by_tiles)?, 0, noise, false)?)
+        Some(sample(&(init.encode)(&images[0])?, 0, noise, false)?)
     };
     let drawn = noise.randn(&shape, kind)?.to_device(device);
     let latents = match &image_latents {
+        Some(image_latents) if !pass.adds_noise() => image_latents.expand_as(&drawn),
         Some(image_latents) if !from_noise_alone => scheduler.add_noise(image_latents, &drawn, step),
         _ => &drawn * scheduler.init_noise_sigma(),
     };
@@ -105,12 +111,12 @@ pub(super) fn from_image(
             Inpaint::PutBack { mask: latent_mask, image_latents, noise: drawn }
         }
         _ => {
-            let masked_image = (&init.image.to_device(device) * mask.lt(0.5)).to_kind(kind);
-            let latents = sample(&encoder.encode(&masked_image, init.encode_by_tiles)?, 0, noise, false)?;
+            let masked_image = (&init.images[0].to_device(device) * mask.lt(0.5)).to_kind(kind);
+            let latents = sample(&(init.encode)(&masked_image)?, 0, noise, false)?;
             Inpaint::Show(Tensor::cat(&[latent_mask, latents], 1))
         }
     };
-    Ok(Start { latents, step, inpaint: Some(inpaint) })
+    Ok(Start { latents, inpaint: Some(inpaint) })
 }
 
 impl Inpaint {

@@ -1,14 +1,17 @@
-//! How much memory a request will take beyond the weights, estimated before anything is computed.
+//! How much memory a request will take beyond the weights, estimated before anything is computed, and what is done where it
+//! would be too much.
 
 use serde_json::Value;
 use tch::{Device, Kind};
 
 use super::StableDiffusionXlPipeline;
-use super::denoise::Guidance;
+use super::offload::{Offload, TEXT_ENCODERS, UNET};
+use super::rescue::{Economy, Measure, OFFLOADS};
 use crate::api::GenerateParams;
 use crate::error::{Error, ErrorClass, Result};
 use crate::memory::{available, format_bytes};
-use crate::torch::device_memory;
+use crate::torch::{self, device_memory};
+use crate::weights::Weights;
 
 /// Bytes alive at once in the UNet, for each latent pixel and channel of the first level; and in the VAE's decoder, for
 /// each pixel and channel of its second level. On the CPU as measured at full size in bfloat16, 256 to 768 pixels square,
@@ -20,51 +23,157 @@ struct Bytes {
 
 const ON_CPU: Bytes = Bytes { unet: 1024, vae: 26 };
 
+/// How a job is run: the settings, and what is done to need less.
+#[derive(Clone, Copy)]
+struct Plan {
+    tiles: bool,
+    one_by_one: bool,
+    offload: Offload,
+}
+
+impl Plan {
+    fn with(self, measure: Measure) -> Self {
+        match measure {
+            Measure::Tiles => Plan { tiles: true, ..self },
+            Measure::OneByOne => Plan { one_by_one: true, ..self },
+            Measure::Offload(offload) => Plan { offload, ..self },
+        }
+    }
+}
+
+/// Bytes that a job may take.
+struct Limits {
+    /// For the activations alone.
+    configured: Option<u64>,
+    free: Option<u64>,
+}
+
+/// The parts of a job that take the most memory.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Denoise,
+    Decode,
+}
+
+const STAGES: [Stage; 2] = [Stage::Denoise, Stage::Decode];
+
 impl StableDiffusionXlPipeline {
+    /// Takes the measures without which the job would not fit.
+    ///
     /// # Errors
-    /// `memory_limit`, when the estimate exceeds the configured limit or what is free on the device.
-    pub(super) fn check_memory(&self, params: &GenerateParams, guidance: &Guidance) -> Result<()> {
-        let needed = self.estimate(params, guidance);
+    /// `memory_limit`, when even with all of them the estimate exceeds the configured limit or what is free on the device.
+    pub(super) fn plan_memory(&self, params: &GenerateParams, economy: &Economy) -> Result<()> {
+        let mut plan = Plan { tiles: false, one_by_one: false, offload: self.offload.get() };
+        let mut limits = self.limits()?;
+        if self.missing(params, plan, &limits) > 0 {
+            // what torch keeps cached is not in use
+            torch::empty_cache()?;
+            limits = self.limits()?;
+        }
+        let mut measures = Vec::new();
+        let tiles = self.may_use_tiles(params.final_size()).then_some(Measure::Tiles);
+        for measure in tiles.into_iter().chain([Measure::OneByOne]).chain(OFFLOADS) {
+            let next = plan.with(measure);
+            if self.missing(params, next, &limits) < self.missing(params, plan, &limits) {
+                plan = next;
+                measures.push(measure);
+            }
+        }
+        if self.missing(params, plan, &limits) > 0 {
+            return Err(self.too_large(params, plan, &limits));
+        }
+        for measure in measures {
+            self.take(economy, measure);
+        }
+        Ok(())
+    }
+
+    fn limits(&self) -> Result<Limits> {
         let free = match device_memory(self.settings.device)? {
             Some((free, _)) => Some(free),
             None => available(),
         };
-        let (limit, whose) = match (self.settings.memory_limit, free) {
-            (Some(limit), free) if free.is_none_or(|free| limit <= free) => (limit, "the configured limit is"),
-            (_, Some(free)) => (free, "free are"),
-            (_, None) => return Ok(()),
+        let share = |bytes: u64| bytes / (self.settings.neighbours as u64 + 1);
+        Ok(Limits { configured: self.settings.memory_limit, free: free.map(share) })
+    }
+
+    /// Bytes by which a job exceeds the limits, summed over its stages.
+    fn missing(&self, params: &GenerateParams, plan: Plan, limits: &Limits) -> u64 {
+        let of_stage = |stage| {
+            let needed = self.estimate(params, stage, plan);
+            let (coming, leaving) = self.moving(params, stage, plan.offload);
+            let above = limits.configured.map(|limit| needed.saturating_sub(limit));
+            let beyond = limits.free.map(|free| (needed + coming).saturating_sub(free + leaving));
+            above.max(beyond).unwrap_or(0)
         };
-        if needed <= limit {
-            return Ok(());
-        }
-        let GenerateParams { width, height, num_images, .. } = params;
+        STAGES.into_iter().map(of_stage).sum()
+    }
+
+    fn too_large(&self, params: &GenerateParams, plan: Plan, limits: &Limits) -> Error {
+        let needed = STAGES.into_iter().map(|stage| self.estimate(params, stage, plan)).max().unwrap_or(0);
+        let (limit, whose) = match (limits.configured, limits.free) {
+            (Some(limit), free) if free.is_none_or(|free| limit <= free) => (limit, "the configured limit is"),
+            (_, free) => (free.unwrap_or(0), "free are"),
+        };
+        let num_images = params.num_images;
+        let (height, width) = params.final_size();
         let message = format!(
             "{num_images} x {width}x{height} needs about {}, {whose} {}",
             format_bytes(needed),
             format_bytes(limit)
         );
-        Err(Error::new(ErrorClass::TooLarge, "memory_limit", message).field("width").remedy(
+        Error::new(ErrorClass::TooLarge, "memory_limit", message).field("width").remedy(
             "ask for a smaller size or fewer images, decode in tiles (--vae-tiling on), or raise --memory-limit",
-        ))
+        )
     }
 
-    /// Bytes of activations at the peak. The UNet runs all images at once, the VAE one by one.
-    fn estimate(&self, params: &GenerateParams, guidance: &Guidance) -> u64 {
-        let pixels = u64::from(params.height) * u64::from(params.width);
-        let latent_pixels = pixels / (self.vae.scale_factor as u64).pow(2);
-        let batch = u64::from(params.num_images) * if guidance.is_on() { 2 } else { 1 };
+    /// Bytes of activations at the peak of a stage. The UNet runs all images at once or one by one, the VAE one by one.
+    fn estimate(&self, params: &GenerateParams, stage: Stage, plan: Plan) -> u64 {
+        let (height, width) = params.final_size();
+        let pixels = u64::from(height) * u64::from(width);
         let bytes = match self.settings.device {
             Device::Cpu => ON_CPU,
             _ => Bytes { unet: 96 * size_of(self.settings.kind), vae: 4 * size_of(self.vae.kind()) },
         };
-        let unet = batch * latent_pixels * channels(&self.unet_config, 0) * bytes.unet;
-        // a ControlNet's residuals are as many as the UNet's own skips, and wait for it
-        let unet = if params.controls.is_empty() { unet } else { unet / 2 * 3 };
-
-        let decoded = if self.decodes_in_tiles(params) { pixels.min(self.vae.tile_pixels()) } else { pixels };
-        let vae = decoded * channels(&self.vae_config, 1) * bytes.vae;
+        let activations = match stage {
+            Stage::Denoise => {
+                let latent_pixels = pixels / (self.vae.scale_factor as u64).pow(2);
+                let images = if plan.one_by_one { 1 } else { u64::from(params.num_images) };
+                let batch = images * if self.base.guidance(params).is_on() { 2 } else { 1 };
+                let unet = batch * latent_pixels * channels(&self.base.unet_config, 0) * bytes.unet;
+                // a ControlNet's residuals are as many as the UNet's own skips, and wait for it
+                if params.controls.is_empty() { unet } else { unet / 2 * 3 }
+            }
+            Stage::Decode => {
+                let tiled = plan.tiles || self.decodes_in_tiles((height, width));
+                let decoded = if tiled { pixels.min(self.vae.tile_pixels()) } else { pixels };
+                decoded * channels(&self.vae_config, 1) * bytes.vae
+            }
+        };
         // the finished pictures, as floats and as bytes
-        unet.max(vae) + pixels * 3 * 8 * u64::from(params.num_images)
+        activations + pixels * 3 * 8 * u64::from(params.num_images)
+    }
+
+    /// Bytes of weights that a stage brings to the device, and of those that are there and may leave for it.
+    fn moving(&self, params: &GenerateParams, stage: Stage, offload: Offload) -> (u64, u64) {
+        let (mut coming, mut leaving) = (0, 0);
+        let mut count = |weights: &Weights, component: &str, is_used: bool| match (weights.is_here(), is_used) {
+            (false, true) => coming += weights.device_bytes(),
+            (true, false) if offload.takes(component) => leaving += weights.device_bytes(),
+            _ => {}
+        };
+        for (index, parts) in self.all_parts().enumerate() {
+            let parts = parts.weights.borrow();
+            let is_used = index == 0 && stage == Stage::Denoise;
+            parts.weights(&UNET).for_each(|weights| count(weights, "unet", is_used));
+            parts.weights(&TEXT_ENCODERS).for_each(|weights| count(weights, "text_encoder", false));
+        }
+        for (index, half) in self.vae_halves().enumerate() {
+            count(&half.borrow(), "vae", index == 0 && stage == Stage::Decode);
+        }
+        let is_used = !params.controls.is_empty() && stage == Stage::Denoise;
+        self.controlnets.loaded().for_each(|net| count(&net.weights().borrow(), "controlnet", is_used));
+        (coming, leaving)
     }
 }
 

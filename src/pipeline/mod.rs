@@ -2,35 +2,51 @@
 
 mod control;
 mod controlnets;
+mod decode;
 mod denoise;
+mod hires;
 mod image_processor;
 mod latents;
 mod memory;
+mod offload;
+mod parts;
+mod passes;
 mod preview;
 mod prompt;
+mod rescue;
 mod tokenizer;
 
+use std::cell::{Cell, OnceCell};
+use std::fs::File;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 use image::{GrayImage, RgbImage};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-use crate::api::{ControlNetFacts, GenerateParams, OutputFormat, SchedulerKind, SigmaSchedule, Timings};
-use crate::context::{JobContext, Progress};
-use crate::error::{Error, ErrorClass, Result};
+use crate::api::{
+    ControlNetFacts, GenerateParams, HiresParams, LoraReport, OutputFormat, Preset, SchedulerKind, Timings,
+};
+use crate::context::JobContext;
+use crate::error::{Error, Result};
+use crate::lora;
 use crate::media;
-use crate::models::{GraphSet, ModelDir, TextEncoder, UNet, Vae, VaeEncoder};
-use crate::schedulers::{self, NoiseSource, Scheduler, SchedulerConfig, StepOptions};
-use crate::weights::Checkpoint;
+use crate::models::{GraphSet, ModelDir, UNetInputs, Vae, VaeEncoder, keep_captured_calls};
+use crate::schedulers::{NoiseSource, SchedulerConfig};
+use crate::weights::InUse;
 use control::Controls;
-pub use controlnets::ControlNetSource;
 use controlnets::ControlNets;
-use denoise::{Guidance, Lead, Previews, denoise, is_finite};
-use latents::{InitImage, Start, from_image, from_noise};
+use denoise::{Forward, Lead, Previews, StepCount, denoise, guidance_scale_embedding};
+use latents::{InitImage, Inpaint, Start, from_image, from_latents, from_noise};
+pub use offload::Offload;
+use parts::{ModelParts, Refiners, read_ahead, weights};
+use passes::Pass;
 use preview::PreviewMap;
-use prompt::{PromptEncoder, TextStage};
+pub use prompt::MAX_TEXTUAL_INVERSION_BYTES;
+use prompt::{Conditions, PromptEncoder, SizeCondition};
+use rescue::{Economy, Measure, OFFLOADS, with_less};
 pub use tokenizer::{ClipTokenizer, TokenIds};
 
 /// What is fixed when a model is loaded.
@@ -38,21 +54,46 @@ pub use tokenizer::{ClipTokenizer, TokenIds};
 pub struct Settings {
     pub model: PathBuf,
     pub graphs: PathBuf,
+    /// Use graphs that were compiled ahead of time, where they fit.
+    pub aot: bool,
     pub device: Device,
+    /// Other engines on the same device, with which its memory is shared.
+    pub neighbours: usize,
     pub kind: Kind,
     /// `None` follows diffusers: `kind`, but float32 for a float16 model whose VAE says `force_upcast`.
     pub vae_kind: Option<Kind>,
     /// Weight files to prefer, such as `fp16`.
     pub variant: Option<String>,
     pub vae_tiling: VaeTiling,
+    /// What leaves the device when it is idle. A job for which memory runs out may raise it.
+    pub offload: Offload,
     /// In the order in which they are preferred.
-    pub controlnets: Vec<ControlNetSource>,
+    pub controlnets: Vec<ModelSource>,
     /// Load them at start, as far as they fit, rather than when a job asks for one.
     pub preload_controlnets: bool,
     /// Most bytes of ControlNet weights that are kept loaded.
     pub controlnet_memory: u64,
+    /// Most calls that are kept as CUDA graphs.
+    pub cuda_graphs: usize,
+    /// The first is the default. Loaded when a job asks for one.
+    pub refiners: Vec<ModelSource>,
+    pub loras: lora::Settings,
     /// Most bytes a request may need; `None` is what the machine or container has free.
     pub memory_limit: Option<u64>,
+}
+
+impl Settings {
+    fn open_graphs(&self) -> Result<GraphSet> {
+        let graphs = GraphSet::open(&self.graphs)?;
+        Ok(if self.aot { graphs } else { graphs.without_packages() })
+    }
+}
+
+/// A ControlNet or a refiner as it is configured.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelSource {
+    pub name: String,
+    pub dir: PathBuf,
 }
 
 /// When pictures are decoded tile by tile.
@@ -65,18 +106,27 @@ pub enum VaeTiling {
 }
 
 /// What a caller needs to know of a loaded model before it can judge a request.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct ModelFacts {
     pub name: String,
     pub default_height: u32,
     pub default_width: u32,
     pub default_scheduler: SchedulerKind,
+    /// The model is a refiner.
+    pub needs_image: bool,
     /// The UNet is one for inpainting.
     pub needs_mask: bool,
+    /// What the configuration says the model was distilled by.
+    pub preset: Option<Preset>,
+    /// The UNet takes the guidance scale as an input.
+    pub has_embedded_guidance: bool,
+    pub refiners: Vec<String>,
     pub controlnets: Vec<ControlNetFacts>,
+    /// How long the parts took to load, side by side: `load_unet_graphs`, `load_unet_weights`, ...
+    pub load_times: Timings,
 }
 
-/// The pictures that a job came with, at the size of the picture to be made.
+/// The files that a job came with; pictures at the size of the picture to be made.
 #[derive(Debug, Clone, Default)]
 pub struct InputImages {
     pub image: Option<RgbImage>,
@@ -84,6 +134,12 @@ pub struct InputImages {
     pub mask: Option<GrayImage>,
     /// Control maps, one for each of the request's controls.
     pub controls: Vec<RgbImage>,
+    /// The same at the size of the second pass, where there is one.
+    pub hires_controls: Vec<RgbImage>,
+    /// One for each of the request's LoRAs.
+    pub loras: Vec<lora::Wanted>,
+    /// One for each of the request's textual inversions.
+    pub textual_inversions: Vec<Arc<File>>,
 }
 
 /// What one job made.
@@ -94,6 +150,7 @@ pub struct Generation {
     pub scheduler: SchedulerKind,
     pub timings: Timings,
     pub warnings: Vec<String>,
+    pub loras: Vec<LoraReport>,
 }
 
 /// What the engine's thread runs.
@@ -105,157 +162,272 @@ pub trait Pipeline {
 pub struct StableDiffusionXlPipeline {
     settings: Settings,
     facts: ModelFacts,
-    text_stages: Vec<TextStage>,
-    force_zeros_for_empty_prompt: bool,
-    unet: UNet,
-    unet_config: Value,
+    base: ModelParts,
+    refiners: Refiners,
     vae: Vae,
     vae_config: Value,
     /// Loaded when a 16-bit decode overflows.
-    vae_float32: Option<Vae>,
+    vae_float32: OnceCell<Vae>,
     /// Loaded when a job first starts from a picture.
     vae_encoder: Option<VaeEncoder>,
     controlnets: ControlNets,
-    scheduler_config: SchedulerConfig,
+    /// What is in force now.
+    offload: Cell<Offload>,
     /// Fitted when the first preview is asked for.
     preview_map: Option<PreviewMap>,
 }
 
 impl StableDiffusionXlPipeline {
-    pub fn load(settings: Settings) -> Result<Self> {
+    /// A model that does not fit as a whole is loaded so that parts of it leave the device.
+    pub fn load(mut settings: Settings) -> Result<Self> {
+        let take = |settings: &mut Settings, measure| match measure {
+            Measure::Offload(offload) if settings.offload < offload => {
+                tracing::warn!(?offload, "memory ran out while the model was loaded: trying again with less of it");
+                settings.offload = offload;
+                true
+            }
+            _ => false,
+        };
+        with_less(&mut settings, &OFFLOADS, take, |settings| Self::load_once(settings.clone()))
+    }
+
+    fn load_once(settings: Settings) -> Result<Self> {
+        keep_captured_calls(settings.cuda_graphs);
         let model = ModelDir::open(&settings.model)?;
-        let graphs = GraphSet::open(&settings.graphs)?;
-        let scheduler_config = model.scheduler_config()?;
-        let (unet_config, vae_config) = (model.config("unet")?, model.config("vae")?);
+        let graphs = settings.open_graphs()?;
+        let vae_config = model.config("vae")?;
         let (kind, device) = (settings.kind, settings.device);
-        let target = (kind, device);
-        let mut controlnets =
-            ControlNets::open(&settings.controlnets, settings.graphs.clone(), target, settings.controlnet_memory)?;
+        let mut controlnets = ControlNets::open(
+            &settings.controlnets,
+            settings.graphs.clone(),
+            (kind, device),
+            settings.controlnet_memory,
+        )?;
+        controlnets.set_offload(settings.offload.takes("controlnet"));
+        let refiners = Refiners::open(&settings.refiners)?;
         let with_control = !settings.controlnets.is_empty();
         let vae_kind = settings.vae_kind.unwrap_or(if kind == Kind::Half && force_upcast(&vae_config) {
             Kind::Float
         } else {
             kind
         });
-
-        // Reading a graph takes as long as binding its weights, and the parts do not depend on each other.
-        let load_text = |suffix: &str| load_text_stage(&settings, &model, &graphs, suffix);
-        let (text, text_2, unet, vae) = std::thread::scope(|scope| {
-            let text = scope.spawn(|| load_text(""));
-            let text_2 = scope.spawn(|| load_text("_2"));
-            let vae = scope.spawn(|| load_vae(&settings, &model, &graphs, &vae_config, vae_kind));
-            let _no_grad = tch::no_grad_guard();
-            let unet = checkpoint(&settings, &model, "unet", kind)
-                .and_then(|weights| UNet::load(&graphs, &unet_config, weights, model.path(), target, with_control));
-            let join = "loading a model part does not panic";
-            (text.join().expect(join), text_2.join().expect(join), unet, vae.join().expect(join))
+        read_ahead(&settings, &model);
+        let started = Instant::now();
+        let (base, vae) = std::thread::scope(|scope| {
+            let vae = scope.spawn(|| {
+                let vae = load_vae(&settings, &model, &graphs, &vae_config, vae_kind);
+                vae.map(|vae| (vae, started.elapsed()))
+            });
+            let base = ModelParts::load(&settings, &model, &graphs, with_control);
+            (base, vae.join().expect("loading does not panic"))
         });
-        let (text_stages, unet, vae) = (vec![text?, text_2?], unet?, vae?);
-
-        let projection_dim = text_stages[1].encoder.projection_dim();
-        let expected = unet.addition_time_embed_dim * 6 + projection_dim;
-        if unet.add_embedding_in_features != expected {
-            let (has, path) = (unet.add_embedding_in_features, model.path().display());
-            let message =
-                format!("{path}: the UNet's added embedding takes {has} values, the text encoder gives {expected}");
-            return Err(Error::setup("model_invalid", message));
-        }
+        let ((base, mut load_times), (vae, vae_time)) = (base?, vae?);
+        load_times.add("load_vae", vae_time);
         if settings.preload_controlnets {
             controlnets.preload()?;
         }
-        let default_size = (unet.sample_size * vae.scale_factor) as u32;
+        let default_size = (base.unet.sample_size * vae.scale_factor) as u32;
         let facts = ModelFacts {
             name: model.name(),
             default_height: default_size,
             default_width: default_size,
-            default_scheduler: default_scheduler(&scheduler_config)?,
-            needs_mask: unet.in_channels == vae.latent_channels * 2 + 1,
+            default_scheduler: default_scheduler(&base.scheduler_config)?,
+            needs_image: base.requires_aesthetics_score,
+            needs_mask: base.unet.in_channels == vae.latent_channels * 2 + 1,
+            preset: base.preset(),
+            has_embedded_guidance: base.unet.time_cond_proj_dim.is_some(),
+            refiners: refiners.names(),
             controlnets: controlnets.facts(),
+            load_times,
         };
         Ok(StableDiffusionXlPipeline {
-            force_zeros_for_empty_prompt: model.force_zeros_for_empty_prompt(),
             facts,
-            text_stages,
-            unet,
-            unet_config,
+            base,
+            refiners,
             vae,
             vae_config,
-            vae_float32: None,
+            vae_float32: OnceCell::new(),
             vae_encoder: None,
             controlnets,
-            scheduler_config,
+            offload: Cell::new(settings.offload),
             preview_map: None,
             settings,
         })
     }
 
-    fn decode(&mut self, latents: &Tensor, params: &GenerateParams, warnings: &mut Vec<String>) -> Result<RgbImage> {
-        let tiled = self.decodes_in_tiles(params);
-        let run = |vae: &Vae| {
-            if tiled { vae.tiled_decode(latents) } else { vae.decode(latents) }
-        };
-        let mut image = run(&self.vae)?;
-        if !is_finite(&image) && self.vae.kind() != Kind::Float {
-            if self.vae_float32.is_none() {
-                let (model, graphs) = (ModelDir::open(&self.settings.model)?, GraphSet::open(&self.settings.graphs)?);
-                self.vae_float32 = Some(load_vae(&self.settings, &model, &graphs, &self.vae_config, Kind::Float)?);
-            }
-            warnings.push("the VAE overflowed in 16 bits; the picture was decoded again in float32".into());
-            image = run(self.vae_float32.as_ref().expect("just loaded"))?;
-        }
-        if !is_finite(&image) {
-            let message = "the decoded picture is not finite: the VAE's weights are damaged";
-            let remedy = "download the VAE again, or try --vae-dtype float32";
-            return Err(Error::new(ErrorClass::Internal, "non_finite_image", message).remedy(remedy));
-        }
-        Ok(image_processor::postprocess(&image))
-    }
-
     /// Loads what this job needs beyond text to image.
     fn require(&mut self, params: &GenerateParams) -> Result<()> {
-        if params.init.is_some() && self.vae_encoder.is_none() {
-            let (model, graphs) = (ModelDir::open(&self.settings.model)?, GraphSet::open(&self.settings.graphs)?);
+        let settings = self.settings_now();
+        if let Some(refiner) = &params.refiner {
+            self.refiners.require(&refiner.model, &settings)?;
+        }
+        if params.preview_every > 0 && self.preview_map.is_none() {
+            let _vae = self.vae.in_use()?;
+            let (kind, device) = (self.settings.kind, self.settings.device);
+            self.preview_map = Some(PreviewMap::fit(&self.vae, self.vae.latent_channels, kind, device)?);
+        }
+        let encodes = params.init.is_some() || params.hires.as_ref().is_some_and(|hires| hires.upscaler.needs_pixels());
+        if encodes && self.vae_encoder.is_none() {
+            let (model, graphs) = (ModelDir::open(&self.settings.model)?, self.settings.open_graphs()?);
             // diffusers encodes in float32 wherever `force_upcast` says so, also where it decodes in bfloat16
             let upcast = if force_upcast(&self.vae_config) { Kind::Float } else { self.settings.kind };
             let kind = self.settings.vae_kind.unwrap_or(upcast);
-            let weights = checkpoint(&self.settings, &model, "vae", kind)?;
+            let weights = weights(&settings, &model, "vae", kind)?;
             let target = (kind, self.settings.device);
             self.vae_encoder = Some(VaeEncoder::load(&graphs, &self.vae_config, weights, model.path(), target)?);
         }
         let nets: Vec<&str> = params.controls.iter().map(|control| control.model.as_str()).collect();
+        self.controlnets.set_offload(settings.offload.takes("controlnet"));
         self.controlnets.require(&nets)
     }
 
     /// The first latents.
-    fn start(
-        &self,
-        params: &GenerateParams,
-        inputs: &InputImages,
-        scheduler: &dyn Scheduler,
-        noise: &mut NoiseSource,
-    ) -> Result<Start> {
+    fn start(&self, run: &mut Run, pass: &Pass) -> Result<Start> {
+        let Run { params, inputs, economy, noise, .. } = run;
         let target = (self.settings.kind, self.settings.device);
-        let side = |pixels: u32| i64::from(pixels) / self.vae.scale_factor;
-        let shape = [self.vae.latent_channels, side(params.height), side(params.width)];
-        let (Some(init), Some(image)) = (&params.init, &inputs.image) else {
-            return from_noise(shape, target, scheduler, noise);
+        let shape = self.latent_shape((params.height, params.width));
+        let (Some(_), Some(image)) = (&params.init, &inputs.image) else {
+            return from_noise(shape, target, pass.scheduler.as_ref(), noise);
         };
+        let encoder = self.vae_encoder.as_ref().expect("required before");
+        let _encoder = self.bring(economy, || encoder.in_use())?;
+        let size = (params.height, params.width);
         let init = InitImage {
-            params: init,
-            image: image_processor::normalized(image),
+            images: vec![image_processor::normalized(image)],
             mask: inputs.mask.as_ref(),
-            encoder: self.vae_encoder.as_ref().expect("required before"),
-            encode_by_tiles: self.decodes_in_tiles(params),
+            encoder,
+            encode: &|image| self.with_tiles(economy, size, |tiled| encoder.encode(image, tiled)),
         };
-        from_image(&init, shape, target, self.facts.needs_mask, scheduler, noise)
+        from_image(&init, shape, target, self.facts.needs_mask, pass, noise)
     }
 
-    fn decodes_in_tiles(&self, params: &GenerateParams) -> bool {
-        match self.settings.vae_tiling {
-            VaeTiling::Always => true,
-            VaeTiling::Never => false,
-            VaeTiling::Above(pixels) => u64::from(params.height) * u64::from(params.width) > pixels,
+    fn latent_shape(&self, (height, width): (u32, u32)) -> [i64; 3] {
+        let side = |pixels: u32| i64::from(pixels) / self.vae.scale_factor;
+        [self.vae.latent_channels, side(height), side(width)]
+    }
+
+    /// Sees to it that the job's LoRAs, and no others, are in the base model's weights.
+    fn apply_loras(&self, run: &mut Run) -> Result<Vec<LoraReport>> {
+        let apply = || self.base.weights.borrow_mut().apply(&run.inputs.loras, run.context);
+        let (loras, spent) = self.with_offload(&run.economy, apply)?;
+        for (phase, time) in [("lora_load", spent.load), ("lora_restore", spent.restore), ("lora_fuse", spent.fuse)] {
+            if !time.is_zero() {
+                run.timings.add(phase, time);
+            }
         }
+        for lora in loras.iter().filter(|lora| lora.unmatched_count > 0) {
+            let (name, count) = (&lora.name, lora.unmatched_count);
+            run.warnings
+                .push(format!("{name}: {count} keys name nothing in this model, such as {}", lora.unmatched[0]));
+        }
+        run.weights_id = self.base.weights.borrow().weights_id();
+        Ok(loras)
+    }
+
+    /// What the UNet of `parts` is told in a pass over pictures of this size.
+    fn encode(&self, run: &mut Run, parts: &ModelParts, size: &SizeCondition) -> Result<Conditions> {
+        let (started, uploaded) = (Instant::now(), run.economy.upload.get());
+        let (conditions, warnings) = self.with_offload(&run.economy, || {
+            let bring = || self.bring(&run.economy, || parts.text_encoders_in_use(run.context));
+            let mut encoder = PromptEncoder {
+                stages: &parts.text_stages,
+                cache: &mut parts.prompt_cache.borrow_mut(),
+                weights_id: &run.weights_id,
+                files: &run.inputs.textual_inversions,
+                context: run.context,
+                bring: &bring,
+                in_use: None,
+                force_zeros_for_empty_prompt: parts.force_zeros_for_empty_prompt,
+                requires_aesthetics_score: parts.requires_aesthetics_score,
+                kind: self.settings.kind,
+                device: self.settings.device,
+            };
+            let mut warnings = run.warnings.clone();
+            let conditions = encoder.encode(run.params, size, parts.guidance(run.params).is_on(), &mut warnings)?;
+            Ok((conditions, warnings))
+        })?;
+        run.warnings = warnings;
+        let uploading = run.economy.upload.get() - uploaded;
+        run.timings.add("encode_prompt", started.elapsed() - uploading);
+        Ok(conditions)
+    }
+
+    /// What the ControlNets make of their maps. The nets are on the device as long as the second part lives.
+    fn controls<'a>(&'a self, run: &Run<'a>, maps: &[RgbImage]) -> Result<(Controls<'a>, Vec<InUse<'a>>)> {
+        let params = run.params;
+        let nets = params.controls.iter().map(|control| self.controlnets.get(&control.model));
+        let nets = nets.map(|net| self.bring(&run.economy, || net.in_use())).collect::<Result<Vec<_>>>()?;
+        let maps: Vec<Tensor> = maps.iter().map(image_processor::control_map).collect();
+        let net = |name: &str| self.controlnets.get(name);
+        let new = || Controls::new(&params.controls, params.scale_mode, &maps, net);
+        Ok((self.with_offload(&run.economy, new)?, nets))
+    }
+
+    /// Runs the steps of `pass` with the UNet of `parts`.
+    fn denoise(
+        &self,
+        run: &mut Run,
+        parts: &ModelParts,
+        pass: &mut Pass,
+        conditions: &Conditions,
+        controls: &Controls,
+        start: &Start,
+    ) -> Result<Tensor> {
+        let params = run.params;
+        let guidance = parts.guidance(params);
+        let target = (self.settings.kind, self.settings.device);
+        let show = |latents: &Tensor| {
+            let map = self.preview_map.as_ref().expect("fitted before");
+            preview_data_uri(&map.picture(latents))
+        };
+        let economy = &run.economy;
+        let predict = |inputs: &UNetInputs, forward: &Forward| self.predict(economy, inputs, forward);
+        let width = parts.unet.time_cond_proj_dim;
+        let lead = Lead {
+            conditions,
+            guidance: &guidance,
+            timestep_cond: width.map(|width| guidance_scale_embedding(params.guidance_scale, width, target)),
+            controls,
+            previews: (params.preview_every > 0).then_some(Previews { every: params.preview_every, show: &show }),
+            predict: &predict,
+        };
+        let latents = denoise(&parts.unet, &lead, pass, &mut run.noise, start, &mut run.count, run.context)?;
+        controls.report(&mut run.timings);
+        Ok(latents)
+    }
+
+    /// A second pass over the enlarged latents of the first.
+    fn hires<'a>(
+        &'a self,
+        run: &mut Run<'a>,
+        hires: &HiresParams,
+        pass: &mut Pass,
+        latents: &Tensor,
+        maps: &[RgbImage],
+    ) -> Result<Tensor> {
+        let start = self.enlarge(run, hires, pass, latents)?;
+        let size = SizeCondition { size: [hires.height, hires.width], from_picture: true };
+        let conditions = self.encode(run, &self.base, &size)?;
+        let _unet = self.bring(&run.economy, || self.base.unet_in_use(run.context))?;
+        let started = Instant::now();
+        let (controls, _nets) = self.controls(run, maps)?;
+        let latents = self.denoise(run, &self.base, pass, &conditions, &controls, &start)?;
+        run.timings.add("hires", started.elapsed());
+        Ok(latents)
+    }
+
+    /// The refiner's steps, from the base model's latents on. What inpainting keeps is kept by it too.
+    fn refine(&self, run: &mut Run, pass: &mut Pass, latents: Tensor, inpaint: Option<Inpaint>) -> Result<Tensor> {
+        let refiner = self.refiners.get();
+        let (height, width) = run.params.final_size();
+        let size = SizeCondition { size: [height, width], from_picture: true };
+        let conditions = self.encode(run, refiner, &size)?;
+        let _unet = self.bring(&run.economy, || refiner.unet_in_use(run.context))?;
+        let started = Instant::now();
+        let start = Start { inpaint, ..from_latents(latents, pass, &mut run.noise)? };
+        let latents = self.denoise(run, refiner, pass, &conditions, &Controls::none(), &start)?;
+        run.timings.add("refine", started.elapsed());
+        Ok(latents)
     }
 }
 
@@ -266,68 +438,100 @@ impl Pipeline for StableDiffusionXlPipeline {
 
     fn generate(&mut self, params: &GenerateParams, inputs: &InputImages, context: &JobContext) -> Result<Generation> {
         let _no_grad = tch::no_grad_guard();
-        let (kind, device) = (self.settings.kind, self.settings.device);
-        let mut timings = Timings::default();
-        let mut warnings = Vec::new();
-        let guidance = Guidance { scale: params.guidance_scale, rescale: params.guidance_rescale };
-        self.check_memory(params, &guidance)?;
-        self.require(params)?;
+        let economy = Economy::new(params.num_images);
+        self.plan_memory(params, &economy)?;
+        let take = |pipeline: &mut Self, measure| pipeline.take(&economy, measure);
+        with_less(self, &OFFLOADS, take, |pipeline| pipeline.require(params))?;
+        self.run(params, inputs, context, economy)
+    }
+}
+
+impl StableDiffusionXlPipeline {
+    fn run(
+        &self,
+        params: &GenerateParams,
+        inputs: &InputImages,
+        context: &JobContext,
+        economy: Economy,
+    ) -> Result<Generation> {
+        let [mut base, hires, refiner] = self.passes(params)?;
+        let mut run = Run::new(params, inputs, context, economy, [&base, &hires, &refiner])?;
+        let base = base.as_mut().expect("every job has a first pass");
+        let loras = self.apply_loras(&mut run)?;
 
         // 1. encode the prompts
-        let started = Instant::now();
-        let encoder = PromptEncoder {
-            stages: &self.text_stages,
-            force_zeros_for_empty_prompt: self.force_zeros_for_empty_prompt,
-            kind,
-            device,
-        };
-        let conditions = encoder.encode(params, guidance.is_on(), &mut warnings)?;
-        timings.add("encode_prompt", started.elapsed());
+        let size = SizeCondition { size: [params.height, params.width], from_picture: params.init.is_some() };
+        let conditions = self.encode(&mut run, &self.base, &size)?;
 
-        // 2. set up the schedule, and the first latents
+        // 2. the first latents, and what the ControlNets make of their maps
         let started = Instant::now();
-        let scheduler_kind = params.scheduler.unwrap_or(self.facts.default_scheduler);
-        let config = match params.sigma_schedule {
-            Some(SigmaSchedule::Karras) => self.scheduler_config.clone().with_karras_sigmas(),
-            None => self.scheduler_config.clone(),
-        };
-        let options = StepOptions { num_inference_steps: params.num_inference_steps, eta: params.eta };
-        let mut scheduler = schedulers::build(scheduler_kind, &config, options)?;
-        let mut noise = NoiseSource::new(params.seed, params.num_images as usize)?;
-        let start = self.start(params, inputs, scheduler.as_ref(), &mut noise)?;
-        let maps: Vec<Tensor> = inputs.controls.iter().map(image_processor::control_map).collect();
-        let net = |name: &str| self.controlnets.get(name);
-        let controls = Controls::new(&params.controls, params.scale_mode, &maps, net)?;
-        if params.preview_every > 0 && self.preview_map.is_none() {
-            self.preview_map = Some(PreviewMap::fit(&self.vae, self.vae.latent_channels, kind, device)?);
-        }
-        timings.add("prepare", started.elapsed());
+        let start = self.start(&mut run, base)?;
+        let (controls, nets) = self.controls(&run, &inputs.controls)?;
+        run.timings.add("prepare", started.elapsed());
 
         // 3. denoise
+        let unet = self.bring(&run.economy, || self.base.unet_in_use(context))?;
         let started = Instant::now();
-        let show = |latents: &Tensor| {
-            let map = self.preview_map.as_ref().expect("fitted above");
-            preview_data_uri(&map.picture(latents))
-        };
-        let previews = (params.preview_every > 0).then_some(Previews { every: params.preview_every, show: &show });
-        let lead = Lead { conditions: &conditions, guidance: &guidance, controls: &controls, previews };
-        let latents = denoise(&self.unet, &lead, scheduler.as_mut(), &mut noise, start, context)?;
-        timings.add("denoise", started.elapsed());
-        controls.report(&mut timings);
+        let mut latents = self.denoise(&mut run, &self.base, base, &conditions, &controls, &start)?;
+        run.timings.add("denoise", started.elapsed());
+        drop((unet, nets));
 
-        // 4. decode, one image after the other: the decoder's activations are the largest of the run
-        let started = Instant::now();
-        context.report(Progress::Decoding);
-        let mut images = Vec::new();
-        for i in 0..params.num_images as i64 {
-            context.check_cancelled()?;
-            images.push(self.decode(&latents.narrow(0, i, 1), params, &mut warnings)?);
+        // 4. once more at a larger size; then the refiner
+        if let (Some(hires), Some(mut pass)) = (&params.hires, hires) {
+            latents = self.hires(&mut run, hires, &mut pass, &latents, &inputs.hires_controls)?;
         }
-        timings.add("decode", started.elapsed());
-        warnings.dedup();
+        if let Some(mut pass) = refiner {
+            latents = self.refine(&mut run, &mut pass, latents, start.inpaint)?;
+        }
 
+        // 5. decode
+        let images = self.decode_all(&mut run, &latents)?;
+        let Run { mut timings, mut warnings, economy, .. } = run;
+        if !economy.upload.get().is_zero() {
+            timings.add("upload", economy.upload.get());
+        }
+        warnings.extend(economy.warnings());
+        warnings.dedup();
         let latents = latents.to_device(Device::Cpu).to_kind(Kind::Float);
-        Ok(Generation { images, latents, scheduler: scheduler_kind, timings, warnings })
+        let scheduler = params.scheduler.unwrap_or(self.facts.default_scheduler);
+        Ok(Generation { images, latents, scheduler, timings, warnings, loras })
+    }
+}
+
+/// A job on its way.
+struct Run<'a> {
+    params: &'a GenerateParams,
+    inputs: &'a InputImages,
+    context: &'a JobContext,
+    noise: NoiseSource,
+    count: StepCount,
+    timings: Timings,
+    warnings: Vec<String>,
+    economy: Economy,
+    /// Names what LoRAs made of the base model's weights.
+    weights_id: String,
+}
+
+impl<'a> Run<'a> {
+    fn new(
+        params: &'a GenerateParams,
+        inputs: &'a InputImages,
+        context: &'a JobContext,
+        economy: Economy,
+        passes: [&Option<Pass>; 3],
+    ) -> Result<Self> {
+        let steps = passes.into_iter().flatten().map(|pass| pass.steps.len()).sum();
+        Ok(Run {
+            params,
+            inputs,
+            context,
+            noise: NoiseSource::new(params.seed, params.num_images as usize)?,
+            count: StepCount { done: 0, steps, started: Instant::now() },
+            timings: Timings::default(),
+            warnings: Vec::new(),
+            economy,
+            weights_id: String::new(),
+        })
     }
 }
 
@@ -344,46 +548,15 @@ fn preview_data_uri(picture: &RgbImage) -> String {
 
 /// The scheduler that the model names.
 fn default_scheduler(config: &SchedulerConfig) -> Result<SchedulerKind> {
-    let name = config.class_name.as_deref().unwrap_or("EulerDiscreteScheduler");
-    SchedulerKind::from_name(name, "scheduler").map_err(|e| {
+    config.kind().ok_or_else(|| {
+        let name = config.class_name.as_deref().unwrap_or_default();
         Error::setup("unsupported_model", format!("the model's own scheduler is {name}"))
-            .source(anyhow::anyhow!(e.message))
-            .remedy("set `_class_name` in its scheduler_config.json to one of the supported schedulers")
+            .remedy("set `_class_name` in its scheduler_config.json to a class of docs/schedulers.md, such as EulerDiscreteScheduler (euler)")
     })
-}
-
-/// A component's weights, in the files that suit `kind`: half the bytes are read where a 16-bit copy is there.
-fn checkpoint(settings: &Settings, model: &ModelDir, component: &str, kind: Kind) -> Result<Checkpoint> {
-    let variants = match settings.variant.as_deref() {
-        Some(variant) => [Some(variant), None],
-        None if kind == Kind::Float => [None, Some("fp16")],
-        None => [Some("fp16"), None],
-    };
-    Checkpoint::open(component, &model.component(component), &variants)
-}
-
-fn load_text_stage(settings: &Settings, model: &ModelDir, graphs: &GraphSet, suffix: &str) -> Result<TextStage> {
-    let _no_grad = tch::no_grad_guard();
-    let component = format!("text_encoder{suffix}");
-    let weights = checkpoint(settings, model, &component, settings.kind)?;
-    let target = (settings.kind, settings.device);
-    let config = model.config(&component)?;
-    let folder = model.component(&format!("tokenizer{suffix}"));
-    let tokenizer = ClipTokenizer::load(&folder)?;
-    let encoder = TextEncoder::load(&component, graphs, &config, weights, model.path(), target)?;
-    let (length, ids) = (tokenizer.max_length() as i64, tokenizer.vocab_size() as i64);
-    if length != encoder.max_position_embeddings || ids > encoder.vocab_size {
-        let (path, takes, known) = (folder.display(), encoder.max_position_embeddings, encoder.vocab_size);
-        let message = format!(
-            "{path} gives {length} tokens with ids below {ids}, {component} takes {takes} with ids below {known}"
-        );
-        return Err(Error::setup("model_invalid", message).remedy("use the tokenizer that belongs to the text encoder"));
-    }
-    Ok(TextStage { tokenizer, encoder })
 }
 
 fn load_vae(settings: &Settings, model: &ModelDir, graphs: &GraphSet, config: &Value, kind: Kind) -> Result<Vae> {
     let _no_grad = tch::no_grad_guard();
-    let weights = checkpoint(settings, model, "vae", kind)?;
+    let weights = weights(settings, model, "vae", kind)?;
     Vae::load(graphs, config, weights, model.path(), (kind, settings.device))
 }

@@ -9,10 +9,7 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::processors::roberta::RobertaProcessing;
-use tokenizers::{
-    AddedToken, PaddingParams, PaddingStrategy, SplitDelimiterBehavior, Tokenizer, TruncationParams,
-    normalizers::replace::ReplacePattern,
-};
+use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer, normalizers::replace::ReplacePattern};
 
 use crate::error::{Error, Result};
 
@@ -22,6 +19,15 @@ const WORDS: &str = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|
 pub struct ClipTokenizer {
     tokenizer: Tokenizer,
     max_length: usize,
+    bos: i64,
+    eos: i64,
+    pad: i64,
+}
+
+/// A token beside the vocabulary, and what it stands for: ids that no vocabulary has.
+pub(super) struct Placeholder {
+    pub(super) text: String,
+    pub(super) ids: Vec<i64>,
 }
 
 /// A text as the encoder takes it.
@@ -50,22 +56,78 @@ impl ClipTokenizer {
         };
 
         let max_length = config.get("model_max_length").and_then(Value::as_u64).unwrap_or(77) as usize;
-        let pad_token = special.content("pad_token");
-        let pad_id = tokenizer.token_to_id(&pad_token).ok_or_else(|| invalid("no such pad_token".into()))?;
-        let truncation = TruncationParams { max_length, ..Default::default() };
-        tokenizer.with_truncation(Some(truncation)).map_err(invalid)?;
-        let strategy = PaddingStrategy::Fixed(max_length);
-        tokenizer.with_padding(Some(PaddingParams { strategy, pad_id, pad_token, ..Default::default() }));
-        Ok(ClipTokenizer { tokenizer, max_length })
+        let id = |key: &str| {
+            let id = tokenizer.token_to_id(&special.content(key));
+            id.map(i64::from).ok_or_else(|| invalid(format!("{key} is not in the vocabulary").into()))
+        };
+        let (bos, eos, pad) = (id("bos_token")?, id("eos_token")?, id("pad_token")?);
+        // start, end, cut and padding are ours, whatever a tokenizer.json says of them
+        tokenizer.with_truncation(None).map_err(invalid)?.with_padding(None);
+        Ok(ClipTokenizer { tokenizer, max_length, bos, eos, pad })
     }
 
+    /// The whole text as one sequence, with start and end tokens.
     pub fn encode(&self, text: &str) -> Result<TokenIds> {
+        Ok(self.frame(&self.ids(text, &[])?))
+    }
+
+    /// A text's own ids, without start and end tokens, however many they are. `added` tokens are found first, in any
+    /// case, the longest first, as `transformers` finds tokens that were added to a vocabulary.
+    pub(super) fn ids(&self, text: &str, added: &[Placeholder]) -> Result<Vec<i64>> {
+        let mut ids = Vec::new();
+        let mut start = 0;
+        let mut at = 0;
+        while at < text.len() {
+            let found = added.iter().filter_map(|token| Some((prefix_length(&text[at..], &token.text)?, token)));
+            if let Some((length, token)) = found.max_by_key(|(length, _)| *length) {
+                self.append(&text[start..at], &mut ids)?;
+                ids.extend_from_slice(&token.ids);
+                at += length;
+                start = at;
+            } else {
+                at += text[at..].chars().next().map_or(1, char::len_utf8);
+            }
+        }
+        self.append(&text[start..], &mut ids)?;
+        Ok(ids)
+    }
+
+    fn append(&self, text: &str, ids: &mut Vec<i64>) -> Result<()> {
         let encoding = self
             .tokenizer
-            .encode(text, true)
+            .encode(text, false)
             .map_err(|e| Error::from(anyhow::anyhow!(e).context("a text could not be tokenized")))?;
-        let ids = encoding.get_ids().iter().map(|&id| id as i64).collect();
-        Ok(TokenIds { ids, truncated: !encoding.get_overflowing().is_empty() })
+        ids.extend(encoding.get_ids().iter().map(|&id| i64::from(id)));
+        Ok(())
+    }
+
+    /// The ids as an encoder takes them.
+    pub(super) fn frame(&self, ids: &[i64]) -> TokenIds {
+        let fitting = ids.len().min(self.max_length - 2);
+        let mut framed = vec![self.bos];
+        framed.extend_from_slice(&ids[..fitting]);
+        framed.push(self.eos);
+        framed.resize(self.max_length, self.pad);
+        TokenIds { ids: framed, truncated: fitting < ids.len() }
+    }
+
+    /// The id of a token as the vocabulary spells it: `,</w>` is a comma that ends a word.
+    pub(super) fn id(&self, token: &str) -> Option<i64> {
+        self.tokenizer.token_to_id(token).map(i64::from)
+    }
+
+    /// Whether the vocabulary has this token, in any case.
+    pub(super) fn knows(&self, token: &str) -> bool {
+        self.id(token).is_some() || self.id(&token.to_lowercase()).is_some()
+    }
+
+    /// A token as the vocabulary spells it.
+    pub(super) fn token(&self, id: i64) -> Option<String> {
+        self.tokenizer.id_to_token(u32::try_from(id).ok()?)
+    }
+
+    pub(super) fn eos(&self) -> i64 {
+        self.eos
     }
 
     pub fn max_length(&self) -> usize {
@@ -144,6 +206,18 @@ impl SpecialTokens {
         }
         tokens
     }
+}
+
+/// Bytes of `text` that are `token` in some case, if it begins with it.
+fn prefix_length(text: &str, token: &str) -> Option<usize> {
+    let mut rest = text.chars();
+    for wanted in token.chars() {
+        let given = rest.next()?;
+        if given != wanted && !given.to_lowercase().eq(wanted.to_lowercase()) {
+            return None;
+        }
+    }
+    Some(text.len() - rest.as_str().len())
 }
 
 fn read_optional_json(path: &Path) -> Result<Value> {

@@ -3,23 +3,55 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::config::{BetaSchedule, SchedulerConfig, TimestepSpacing};
+use super::config::{BetaSchedule, PredictionType, SchedulerConfig, TimestepSpacing};
+use crate::error::{Error, Result};
+
+/// What a class puts in the place of keys that the configuration does not have.
+pub(super) struct BetaDefaults {
+    start: f64,
+    end: f64,
+    schedule: BetaSchedule,
+}
+
+pub(super) const DDPM_BETAS: BetaDefaults = BetaDefaults { start: 0.0001, end: 0.02, schedule: BetaSchedule::Linear };
+/// Of the classes that follow k-diffusion.
+pub(super) const STABLE_BETAS: BetaDefaults =
+    BetaDefaults { start: 0.00085, end: 0.012, schedule: BetaSchedule::Linear };
+/// Of LCM and TCD.
+pub(super) const DISTILLED_BETAS: BetaDefaults =
+    BetaDefaults { start: 0.00085, end: 0.012, schedule: BetaSchedule::ScaledLinear };
+
+/// What a class does with `rescale_betas_zero_snr`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ZeroSnr {
+    /// The class has no such key.
+    Ignored,
+    /// The last alpha is zero.
+    Exact,
+    /// The last alpha is not quite zero, so that the first sigma is finite.
+    Nearly,
+}
 
 /// `alphas_cumprod`, in float32 by torch's own operators so that every bit agrees.
-pub(super) fn alphas_cumprod(config: &SchedulerConfig) -> Vec<f32> {
+pub(super) fn alphas_cumprod(config: &SchedulerConfig, defaults: &BetaDefaults, zero_snr: ZeroSnr) -> Vec<f32> {
     let count = config.num_train_timesteps();
-    let (start, end) = (config.beta_start.unwrap_or(0.0001), config.beta_end.unwrap_or(0.02));
+    let (start, end) = (config.beta_start.unwrap_or(defaults.start), config.beta_end.unwrap_or(defaults.end));
     let linspace = |start: f64, end: f64| Tensor::linspace(start, end, count as i64, (Kind::Float, Device::Cpu));
-    let mut betas = match (&config.trained_betas, config.beta_schedule()) {
+    let mut betas = match (&config.trained_betas, config.beta_schedule.unwrap_or(defaults.schedule)) {
         (Some(betas), _) => Tensor::from_slice(betas).to_kind(Kind::Float),
         (None, BetaSchedule::Linear) => linspace(start, end),
         (None, BetaSchedule::ScaledLinear) => linspace(start.sqrt(), end.sqrt()).square(),
         (None, BetaSchedule::SquaredcosCapV2) => Tensor::from_slice(&betas_for_alpha_bar(count)).to_kind(Kind::Float),
     };
-    if config.rescale_betas_zero_snr() {
+    let rescaled = config.rescale_betas_zero_snr() && zero_snr != ZeroSnr::Ignored;
+    if rescaled {
         betas = rescale_zero_terminal_snr(&betas);
     }
-    to_vec(&(1f64 - betas).cumprod(0, None::<Kind>))
+    let mut alphas_cumprod = to_vec(&(1f64 - betas).cumprod(0, None::<Kind>));
+    if rescaled && zero_snr == ZeroSnr::Nearly {
+        *alphas_cumprod.last_mut().expect("a schedule has timesteps") = 2f32.powi(-24);
+    }
+    alphas_cumprod
 }
 
 /// The noise level at each `alphas_cumprod`, the sample's scale taken out. By torch, whose vectorised root may round the
@@ -29,7 +61,7 @@ pub(super) fn sigmas_of(alphas_cumprod: &[f32]) -> Vec<f32> {
     to_vec(&((1f64 - &alphas_cumprod) / alphas_cumprod).pow_tensor_scalar(0.5))
 }
 
-fn to_vec(tensor: &Tensor) -> Vec<f32> {
+pub(super) fn to_vec(tensor: &Tensor) -> Vec<f32> {
     Vec::<f32>::try_from(tensor).expect("a float32 vector")
 }
 
@@ -96,6 +128,38 @@ pub(super) fn interp(x: f64, table: &[f32]) -> f64 {
     let low = x.floor() as usize;
     let (a, b) = (table[low] as f64, table[low + 1] as f64);
     if x == low as f64 { a } else { (b - a) * (x - low as f64) + a }
+}
+
+/// A number as a tensor of that dtype would hold it.
+pub(super) fn rounded(value: f32, kind: Kind) -> f64 {
+    Tensor::from(value).to_kind(kind).double_value(&[])
+}
+
+/// `original` with noise, at a level given as the share of the signal's variance.
+pub(super) fn add_noise_at_alpha(alpha_prod: f32, original: &Tensor, noise: &Tensor) -> Tensor {
+    let alpha_prod = Tensor::from(alpha_prod).to_kind(original.kind());
+    let root = |tensor: Tensor| tensor.pow_tensor_scalar(0.5).double_value(&[]);
+    original * root(alpha_prod.shallow_clone()) + noise * root(1.0 - alpha_prod)
+}
+
+/// Refuses timesteps for which there is no `alphas_cumprod`.
+pub(super) fn check_timesteps(timesteps: &[f64], alphas_cumprod: &[f32], steps: usize) -> Result<()> {
+    match timesteps.iter().find(|&&t| t < 0.0 || t >= alphas_cumprod.len() as f64) {
+        Some(t) => {
+            let message = format!("{steps} steps with this model's spacing reach timestep {t}, which it does not have");
+            Err(Error::invalid("out_of_range", "num_inference_steps", message))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Refuses an epsilon-prediction model whose last alpha is zero: the first step divides by it.
+pub(super) fn refuse_zero_snr_epsilon(config: &SchedulerConfig, scheduler: &str) -> Result<()> {
+    if config.rescale_betas_zero_snr() && config.prediction_type() == PredictionType::Epsilon {
+        let message = format!("{scheduler} cannot run an epsilon-prediction model with rescale_betas_zero_snr");
+        return Err(Error::invalid("unsupported_option", "scheduler", message).remedy("use Euler for this model"));
+    }
+    Ok(())
 }
 
 #[cfg(test)]

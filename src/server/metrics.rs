@@ -31,6 +31,7 @@ pub(super) struct Metrics {
     held_bytes: Gauge,
     phases: Family<Label, Histogram, fn() -> Histogram>,
     gpu_memory: Family<Label, Gauge>,
+    engines: Gauge,
     cold_start: Family<Label, Seconds>,
 }
 
@@ -52,6 +53,7 @@ impl Metrics {
             held_bytes: Gauge::default(),
             phases: Family::new_with_constructor(buckets),
             gpu_memory: Family::default(),
+            engines: Gauge::default(),
             cold_start: Family::default(),
         };
         // so that a rate can be computed from the first job on
@@ -65,6 +67,7 @@ impl Metrics {
         registry.register("held_bytes", "Inputs and results in memory", metrics.held_bytes.clone());
         registry.register("phase_seconds", "Duration of a job's phases", metrics.phases.clone());
         registry.register("gpu_memory_bytes", "Memory of the GPU", metrics.gpu_memory.clone());
+        registry.register("engines", "Devices that take jobs", metrics.engines.clone());
         registry.register("cold_start_seconds", "Duration of the phases of the start", metrics.cold_start.clone());
         metrics
     }
@@ -95,6 +98,7 @@ impl Metrics {
                 self.gpu_memory.get_or_create(&[("kind", kind.into())]).set(bytes as i64);
             }
         }
+        self.engines.set(hooks.engines.as_ref().map_or(0, |count| count()) as i64);
         for (phase, duration) in hooks.cold_start.iter().flat_map(|read| read()) {
             self.cold_start.get_or_create(&[("phase", phase.into())]).set(duration.as_secs_f64());
         }

@@ -111,6 +111,8 @@ pub struct Hooks {
     pub post_webhook: Option<PostWebhook>,
     /// Read at each `/metrics`; `None` from it where there is no GPU.
     pub gpu_memory: Option<ReadGpuMemory>,
+    /// Read at each `/metrics`: how many devices take jobs.
+    pub engines: Option<CountEngines>,
     /// Read at each `/metrics`: how long the phases of the start took, those that are over.
     pub cold_start: Option<ColdStart>,
 }
@@ -130,6 +132,8 @@ pub struct Finished {
 pub type PostWebhook = Arc<dyn Fn(String, String) -> Boxed<Result<u16>> + Send + Sync>;
 
 pub type ReadGpuMemory = Arc<dyn Fn() -> Option<GpuMemory> + Send + Sync>;
+
+pub type CountEngines = Arc<dyn Fn() -> usize + Send + Sync>;
 
 pub type ColdStart = Arc<dyn Fn() -> Vec<(&'static str, Duration)> + Send + Sync>;
 

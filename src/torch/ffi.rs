@@ -11,11 +11,32 @@ pub(super) struct Generator {
     _private: [u8; 0],
 }
 
+#[repr(C)]
+pub(super) struct Lane {
+    _private: [u8; 0],
+}
+
+#[repr(C)]
+pub(super) struct Capture {
+    _private: [u8; 0],
+}
+
+#[repr(C)]
+pub(super) struct Graph {
+    _private: [u8; 0],
+}
+
+#[repr(C)]
+pub(super) struct Package {
+    _private: [u8; 0],
+}
+
 /// Receives tensors that the shim hands out; the receiver owns each.
 pub(super) type TensorSink = extern "C" fn(context: *mut c_void, name: *const c_char, tensor: *mut C_tensor);
 
 unsafe extern "C" {
     pub(super) fn shim_free_message(message: *mut c_char);
+    pub(super) fn shim_torch_version() -> *const c_char;
     pub(super) fn shim_from_mapping(
         data: *mut c_void,
         sizes: *const i64,
@@ -34,6 +55,23 @@ unsafe extern "C" {
         context: *mut c_void,
         sink: TensorSink,
     ) -> *mut c_char;
+    pub(super) fn shim_package_load(
+        path: *const c_char,
+        device: c_int,
+        names: *const *const c_char,
+        tensors: *const *const C_tensor,
+        count: usize,
+        out: *mut *mut Package,
+    ) -> *mut c_char;
+    pub(super) fn shim_package_free(package: *mut Package);
+    pub(super) fn shim_package_run(
+        package: *mut Package,
+        inputs: *const *const C_tensor,
+        count: usize,
+        context: *mut c_void,
+        sink: TensorSink,
+    ) -> *mut c_char;
+    pub(super) fn shim_compute_capability(device: c_int, major: *mut c_int, minor: *mut c_int) -> *mut c_char;
     pub(super) fn shim_generator_new(seed: u64, out: *mut *mut Generator) -> *mut c_char;
     pub(super) fn shim_generator_free(generator: *mut Generator);
     pub(super) fn shim_randn(
@@ -43,10 +81,32 @@ unsafe extern "C" {
         kind: c_int,
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
+    pub(super) fn shim_lane_new(device: c_int, buffer_bytes: usize, buffers: usize, out: *mut *mut Lane)
+    -> *mut c_char;
+    pub(super) fn shim_lane_copy(lane: *mut Lane, target: *mut C_tensor, source: *const u8) -> *mut c_char;
+    pub(super) fn shim_lane_finish(lane: *mut Lane) -> *mut c_char;
+    pub(super) fn shim_lane_free(lane: *mut Lane);
+    pub(super) fn shim_has_graphs() -> bool;
+    pub(super) fn shim_graph_pool(pool: *mut u64) -> *mut c_char;
+    pub(super) fn shim_capture_new(device: c_int, out: *mut *mut Capture) -> *mut c_char;
+    pub(super) fn shim_capture_begin(capture: *mut Capture, pool: *const u64) -> *mut c_char;
+    pub(super) fn shim_capture_end(capture: *mut Capture, out: *mut *mut Graph) -> *mut c_char;
+    pub(super) fn shim_capture_free(capture: *mut Capture);
+    pub(super) fn shim_graph_replay(graph: *mut Graph) -> *mut c_char;
+    pub(super) fn shim_graph_free(graph: *mut Graph);
     pub(super) fn shim_empty_cache() -> *mut c_char;
     pub(super) fn shim_memory_info(device: c_int, free_bytes: *mut u64, total_bytes: *mut u64) -> *mut c_char;
     pub(super) fn shim_set_attention(flash: bool, efficient: bool, cudnn: bool, math: bool) -> *mut c_char;
     pub(super) fn shim_allow_tf32(allow: bool) -> *mut c_char;
+}
+
+unsafe extern "C" {
+    pub(super) fn _exit(status: c_int) -> !;
+}
+
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+unsafe extern "C" {
+    pub(super) fn malloc_trim(pad: usize) -> c_int;
 }
 
 /// Turns the shim's answer into a `Result`, and frees the message.

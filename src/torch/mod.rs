@@ -2,10 +2,16 @@
 //! generators and the few process-wide switches that tch has no words for. See `shim.cpp` for the other side.
 #![allow(unsafe_code, reason = "foreign functions; each block says what makes it sound")]
 
+mod aot;
 mod ffi;
+mod graph;
+mod lane;
 mod mapping;
 mod module;
 
+pub use aot::Package;
+pub use graph::{CapturedCall, GraphPool, capture_epoch, forget_captured_calls};
+pub use lane::Lane;
 pub use mapping::Mapping;
 pub use module::Module;
 
@@ -48,10 +54,23 @@ impl Drop for Generator {
 // SAFETY: `at::Generator` is a counted pointer to a state that only `&mut self` methods touch.
 unsafe impl Send for Generator {}
 
-/// Gives unused device memory that torch keeps cached back to the driver.
+/// Gives unused memory back: a device's, which torch keeps cached, to the driver, and the host's, which the allocator keeps,
+/// to the system.
 pub fn empty_cache() -> Result<()> {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: takes no pointers; glibc locks its arenas itself.
+    unsafe {
+        ffi::malloc_trim(0);
+    }
     // SAFETY: takes no pointers.
     ffi::check(unsafe { ffi::shim_empty_cache() }).context("emptying the device's memory cache")
+}
+
+/// Ends the process at once. The destructors of libtorch's and CUDA's libraries, which a return from `main` would run, crash
+/// where a thread still computes, such as one whose job outlived the drain.
+pub fn exit(status: u8) -> ! {
+    // SAFETY: takes no pointers; what is buffered is the caller's to write before.
+    unsafe { ffi::_exit(status.into()) }
 }
 
 /// Free and total bytes of an accelerator; `None` for the CPU.
@@ -61,6 +80,21 @@ pub fn device_memory(device: Device) -> Result<Option<(u64, u64)>> {
     // SAFETY: both are valid for the write.
     ffi::check(unsafe { ffi::shim_memory_info(index as i32, &mut free, &mut total) }).context("asking for memory")?;
     Ok(Some((free, total)))
+}
+
+/// The release of libtorch this program was compiled against, such as `2.11.0`.
+pub fn version() -> &'static str {
+    // SAFETY: a string constant of the shim.
+    unsafe { std::ffi::CStr::from_ptr(ffi::shim_torch_version()) }.to_str().expect("a version is ASCII")
+}
+
+/// Major and minor number of a CUDA device's architecture: 9 and 0 for `sm_90`.
+pub fn compute_capability(index: usize) -> Result<(i32, i32)> {
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: both are valid for the write.
+    ffi::check(unsafe { ffi::shim_compute_capability(index as i32, &mut major, &mut minor) })
+        .context("asking for the device's architecture")?;
+    Ok((major, minor))
 }
 
 /// Which kernels `scaled_dot_product_attention` may choose from.

@@ -59,9 +59,9 @@ impl Drop for Module {
     }
 }
 
-type Named = Vec<(String, Tensor)>;
+pub(super) type Named = Vec<(String, Tensor)>;
 
-fn collect(call: impl FnOnce(*mut c_void, ffi::TensorSink) -> *mut c_char) -> Result<Named> {
+pub(super) fn collect(call: impl FnOnce(*mut c_void, ffi::TensorSink) -> *mut c_char) -> Result<Named> {
     extern "C" fn push(context: *mut c_void, name: *const c_char, tensor: *mut C_tensor) {
         // SAFETY: `context` is the list below, alive through the call; the name is NUL-terminated; the tensor is ours.
         unsafe {

@@ -1,10 +1,11 @@
 //! A component's weights: one file or several shards, found by the Hub's naming, under the graphs' parameter names.
 
 use std::collections::{BTreeSet, HashMap};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::safetensors::MappedFile;
 use crate::error::{Error, Result};
@@ -52,14 +53,56 @@ impl Checkpoint {
         self.files[*file].shape(stored)
     }
 
+    /// Where it is: file, and byte in it.
+    pub(super) fn position(&self, name: &str) -> (usize, usize) {
+        let (file, stored) = &self.tensors[name];
+        (*file, self.files[*file].position(stored))
+    }
+
+    /// As the file has it.
+    pub(super) fn kind(&self, name: &str) -> Option<Kind> {
+        let (file, stored) = self.tensors.get(name)?;
+        self.files[*file].kind(stored)
+    }
+
     pub(super) fn tensor(&self, name: &str) -> Result<Tensor> {
         let (file, stored) = &self.tensors[name];
         self.files[*file].tensor(stored)
     }
 
+    /// Whether the memory of a tensor that was read under this name is the file's mapping.
+    pub(super) fn holds(&self, name: &str, tensor: &Tensor) -> bool {
+        self.tensors.get(name).is_some_and(|(file, _)| self.files[*file].holds(tensor))
+    }
+
+    /// Makes such a tensor what it was.
+    pub(super) fn restore(&self, name: &str, tensor: &Tensor) -> Result<()> {
+        let (file, stored) = &self.tensors[name];
+        self.files[*file].restore(stored, tensor)
+    }
+
     pub(super) fn describe(&self) -> String {
         self.dir.display().to_string()
     }
+}
+
+/// Has the system read the weights of these components into the page cache, one after the other at the disk's own rate,
+/// while graphs are loaded and pages are used. Each is a folder with its variants, as for [`Checkpoint::open`].
+pub fn read_ahead(components: Vec<(PathBuf, Vec<Option<String>>)>) {
+    #[cfg(target_os = "linux")]
+    let read = move || {
+        for (dir, variants) in components {
+            let variants: Vec<Option<&str>> = variants.iter().map(Option::as_deref).collect();
+            // whoever opens it says what is wrong with it
+            for file in find_files(&dir, &variants).into_iter().flatten().filter_map(|path| File::open(path).ok()) {
+                rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::WillNeed).ok();
+            }
+        }
+    };
+    #[cfg(target_os = "linux")]
+    std::thread::Builder::new().name("read-ahead".into()).spawn(read).ok();
+    #[cfg(not(target_os = "linux"))]
+    drop(components);
 }
 
 /// The files that hold the weights: for each variant the single file, then the shards that an index names.

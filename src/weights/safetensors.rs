@@ -5,17 +5,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ::safetensors::{Dtype, SafeTensors};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::torch::Mapping;
 
-pub(super) struct MappedFile {
+pub(crate) struct MappedFile {
     path: PathBuf,
     mapping: Arc<Mapping>,
     /// Byte offset of the first tensor.
     data_start: usize,
     entries: HashMap<String, Entry>,
+    notes: HashMap<String, String>,
 }
 
 struct Entry {
@@ -27,10 +28,22 @@ struct Entry {
 impl MappedFile {
     /// Maps the file and reads its header; the header is compared with the file's length, so that no tensor lies beyond.
     pub(super) fn open(path: &Path) -> Result<Self> {
+        let mapping = Mapping::open(path).map_err(|e| {
+            Error::setup("weights_damaged", format!("{}: cannot be opened", path.display()))
+                .source(e)
+                .remedy("download the file again")
+        })?;
+        Self::new(path, mapping)
+    }
+
+    /// The same for bytes that are there already; `path` is for messages.
+    ///
+    /// # Errors
+    /// `weights_damaged`.
+    pub(crate) fn new(path: &Path, mapping: Arc<Mapping>) -> Result<Self> {
         let damaged = |message: String| {
             Error::setup("weights_damaged", format!("{}: {message}", path.display())).remedy("download the file again")
         };
-        let mapping = Mapping::open(path).map_err(|e| damaged("cannot be opened".into()).source(e))?;
         let (header, metadata) = SafeTensors::read_metadata(mapping.bytes())
             .map_err(|e| damaged("not a whole safetensors file".into()).source(e))?;
         let data_start = header + 8;
@@ -46,19 +59,46 @@ impl MappedFile {
         if length != data_start + end {
             return Err(damaged(format!("{length} bytes long, but its header describes {}", data_start + end)));
         }
-        Ok(MappedFile { path: path.to_owned(), mapping, data_start, entries })
+        let notes = metadata.metadata().clone().unwrap_or_default();
+        Ok(MappedFile { path: path.to_owned(), mapping, data_start, entries, notes })
     }
 
-    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+    /// The header's `__metadata__`.
+    pub(crate) fn notes(&self) -> &HashMap<String, String> {
+        &self.notes
+    }
+
+    /// Whether the tensor's memory is this file's mapping.
+    pub(super) fn holds(&self, tensor: &Tensor) -> bool {
+        tensor.device() == Device::Cpu && self.mapping.contains(tensor.data_ptr() as usize)
+    }
+
+    /// Makes a tensor that this file [holds](Self::holds) what it was.
+    pub(super) fn restore(&self, name: &str, tensor: &Tensor) -> Result<()> {
+        let entry = &self.entries[name];
+        let length = tensor.numel() * entry.kind.elt_size_in_bytes();
+        Ok(self.mapping.restore(self.data_start + entry.start, length)?)
+    }
+
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
         self.entries.keys().map(String::as_str)
     }
 
-    pub(super) fn shape(&self, name: &str) -> Option<&[i64]> {
+    pub(crate) fn shape(&self, name: &str) -> Option<&[i64]> {
         self.entries.get(name).map(|entry| entry.shape.as_slice())
     }
 
+    /// The tensor's first byte.
+    pub(super) fn position(&self, name: &str) -> usize {
+        self.data_start + self.entries[name].start
+    }
+
+    pub(super) fn kind(&self, name: &str) -> Option<Kind> {
+        self.entries.get(name).map(|entry| entry.kind)
+    }
+
     /// The tensor as stored; on the CPU, over the mapping.
-    pub(super) fn tensor(&self, name: &str) -> Result<Tensor> {
+    pub(crate) fn tensor(&self, name: &str) -> Result<Tensor> {
         let entry = &self.entries[name];
         let tensor = self.mapping.tensor(self.data_start + entry.start, &entry.shape, entry.kind);
         Ok(tensor.map_err(|e| e.context(format!("reading {name} of {}", self.path.display())))?)

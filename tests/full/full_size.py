@@ -19,9 +19,9 @@ class FullSize:
     model: Path
     graphs: Path
 
-    def generate(self, worker: Path, out: Path, *options: object) -> Run:
-        """One step of a 256x256 picture, in the file's dtype: the weights stay mapped."""
-        request = ["--prompt", "a red fox in the snow", "--width", 256, "--height", 256, "--steps", 1, "--seed", 7]
+    def generate(self, worker: Path, out: Path, *options: object, steps: int = 1) -> Run:
+        """One step (or more) of a 256x256 picture, in the file's dtype: the weights stay mapped."""
+        request = ["--prompt", "a red fox in the snow", "--width", 256, "--height", 256, "--steps", steps, "--seed", 7]
         files = ["--model", self.model, "--graphs", self.graphs, "--output", out]
         command = [worker, "generate", "--device", "cpu", "--dtype", DTYPE, *files, *request, *options]
         return run([str(part) for part in command], check=False)

@@ -15,8 +15,6 @@ import torch
 from diffusers import (
     ControlNetModel,
     ControlNetUnionModel,
-    DDIMScheduler,
-    EulerDiscreteScheduler,
     StableDiffusionXLControlNetImg2ImgPipeline,
     StableDiffusionXLControlNetInpaintPipeline,
     StableDiffusionXLControlNetPipeline,
@@ -32,6 +30,7 @@ from PIL import Image, ImageFilter
 from safetensors.torch import load_file
 
 from pictures import decode
+from schedulers import OwnNoise, scheduler_for
 
 TOLERANCE = 1e-4  # relative error of the final latents
 PIXELS = 1  # of 255
@@ -42,7 +41,6 @@ MUST_MOVE = 100 * TOLERANCE  # what a change of an input that the case is about 
 torch.set_num_threads(1)
 logging.set_verbosity_error()  # its hints on dtypes come with every call
 
-SCHEDULERS = {"euler": EulerDiscreteScheduler, "ddim": DDIMScheduler}
 BASE = {"prompt": "a red fox in the snow, oil painting", "num_inference_steps": 4, "guidance_scale": 5.0, "seed": 11}
 
 
@@ -148,11 +146,7 @@ class Reference:
         pipeline = self.pipeline(model)
         request = dict(request)
         own = json.loads((model / "scheduler" / "scheduler_config.json").read_text()) | scheduler_config
-        scheduler = request.pop("scheduler", None)
-        if request.pop("sigma_schedule", None) == "karras":
-            own["use_karras_sigmas"] = True
-        classes = {cls.__name__: cls for cls in SCHEDULERS.values()}
-        cls = SCHEDULERS[scheduler] if scheduler else classes[own["_class_name"]]
+        chosen = scheduler_for(request, own)
         seed, count = request.pop("seed"), request.pop("num_images", 1)
         for key in ("original_size", "target_size", "crops_coords_top_left"):
             for name in (key, f"negative_{key}"):
@@ -173,7 +167,7 @@ class Reference:
         elif task != "text":
             pipeline = PIPELINES[task, kind].from_pipe(pipeline)
             pipeline.set_progress_bar_config(disable=True)
-        pipeline.scheduler = cls.from_config(own)
+        pipeline.scheduler = chosen
         generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(count)]
         last: dict[str, torch.Tensor] = {}
 
@@ -182,7 +176,7 @@ class Reference:
             return values
 
         cropped = "padding_mask_crop" in request  # diffusers then gives pictures only
-        with torch.no_grad():
+        with torch.no_grad(), OwnNoise(generators):
             images = pipeline(
                 **request,
                 num_images_per_prompt=count,
