@@ -183,9 +183,12 @@ pub struct EngineArgs {
     /// What leaves the device while it does not compute: for small cards; comes back from the weight files
     #[arg(long, global = true, env = "OFFLOAD", value_enum, default_value_t = Offload::None)]
     pub offload: Offload,
-    /// Attention kernel on cuda; auto leaves the choice to libtorch
+    /// Attention kernels on cuda; auto leaves the choice to libtorch, fastest tries them when the model is loaded
     #[arg(long, global = true, env = "ATTENTION", value_enum, default_value_t = Attention::Auto)]
     pub attention: Attention,
+    /// Let cuDNN try its convolution kernels at each new size, which takes time and memory there, and keep the fastest
+    #[arg(long, global = true, env = "CUDNN_BENCHMARK")]
+    pub cudnn_benchmark: bool,
     /// Graphs compiled ahead of time: used where they are beside --graphs and fit, or never
     #[arg(long, global = true, env = "AOT", value_enum, default_value_t = Aot::Auto)]
     pub aot: Aot,
@@ -612,6 +615,7 @@ pub enum Aot {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Attention {
     Auto,
+    Fastest,
     Flash,
     Efficient,
     Cudnn,

@@ -44,12 +44,13 @@ pub fn settings(arguments: &EngineArgs, devices: &[Device]) -> Result<Vec<Settin
         tch::set_num_threads((threads / devices.len() as i32).max(1));
     }
     crate::torch::set_attention_backend(match arguments.attention {
-        cli::Attention::Auto => AttentionBackend::Auto,
+        cli::Attention::Auto | cli::Attention::Fastest => AttentionBackend::Auto,
         cli::Attention::Flash => AttentionBackend::Flash,
         cli::Attention::Efficient => AttentionBackend::Efficient,
         cli::Attention::Cudnn => AttentionBackend::Cudnn,
         cli::Attention::Math => AttentionBackend::Math,
     })?;
+    tch::Cuda::cudnn_set_benchmark(arguments.cudnn_benchmark);
     let settings = Settings {
         model: model(arguments)?,
         graphs: graphs(arguments)?,
@@ -73,6 +74,7 @@ pub fn settings(arguments: &EngineArgs, devices: &[Device]) -> Result<Vec<Settin
         preload_controlnets: arguments.preload_controlnets,
         controlnet_memory: arguments.controlnet_memory.0,
         cuda_graphs: arguments.cuda_graphs,
+        choose_attention: arguments.attention == cli::Attention::Fastest,
         refiners: arguments.refiner.iter().map(source).collect(),
         loras: lora::Settings {
             backup: match arguments.lora_backup {

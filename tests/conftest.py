@@ -1,7 +1,6 @@
 """Options and the built things that all Python tests share. Run from the project's root, after `make build`."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,9 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 from filelock import FileLock
 
-ROOT = Path(__file__).resolve().parent.parent
-WORKER = ROOT / "target" / "release" / "sdxl-worker"
-TEST_MODELS = ROOT / "target" / "test-models"
+from program import PROGRAM, ROOT, TEST_MODELS, python
 
 sys.path.insert(0, str(ROOT / "torchscript"))
 
@@ -41,12 +38,8 @@ def is_full(pytestconfig) -> bool:
 
 @pytest.fixture(scope="session")
 def worker() -> Path:
-    assert WORKER.exists(), "build first: cargo build --release"
-    return WORKER
-
-
-def python(*arguments) -> None:
-    subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    assert PROGRAM.exists(), "build first: cargo build --release"
+    return PROGRAM
 
 
 NETS = ("plain", "small", "union", "union8")

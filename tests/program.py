@@ -7,6 +7,7 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +38,11 @@ def run(*arguments: object, cwd: Path, stdin: str = "", variables: dict | None =
         cwd=cwd, env=environment(**(variables or {})), input=stdin, capture_output=True, text=True, timeout=120,
         **options,
     )
+
+
+def python(*arguments: object) -> None:
+    """Runs one of the project's own scripts."""
+    subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def pictures(result: subprocess.CompletedProcess, folder: Path) -> list[Path]:

@@ -9,7 +9,6 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from program import (
-    GRAPHS, PROGRAM, ROOT, TINY, copy_of, environment, error_of, files_in, pictures, run, whole_text,
+    GRAPHS, PROGRAM, TINY, copy_of, environment, error_of, files_in, pictures, python, run, whole_text,
 )
 
 REQUEST = {
@@ -393,7 +392,7 @@ def test_the_command_an_error_names_makes_graphs_that_compute_the_same_picture(
     remedy = error_of(run("generate", *arguments, cwd=tmp_path), 3, "no_matching_graph")["remedy"]
     command = shlex.split(remedy.removeprefix("run: "))
     assert command[:2] == ["python", "torchscript/export.py"]
-    subprocess.run([sys.executable, *command[1:]], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    python(*command[1:])
     picture = generate(tmp_path, *arguments, "--save-latents", "latents.safetensors")
     assert pixels(picture).shape == (64, 64, 3) and pixels(picture).std() > 5
     ours = load_file(tmp_path / "latents.safetensors")["latents"]

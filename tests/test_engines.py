@@ -40,6 +40,7 @@ def test_two_engines_paint_at_the_same_time_what_one_paints_alone(test_models, l
 
 def test_two_engines_take_two_jobs_at_a_time(test_models):
     with serving(test_models, "--device", "cpu,cpu") as (address, _):
+        ask(address, {})  # the server listens before the engines are there
         with ThreadPoolExecutor(3) as pool:
             jobs = [pool.submit(ask, address, {"num_inference_steps": 150, "seed": seed}) for seed in range(3)]
             seen = set()

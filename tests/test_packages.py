@@ -16,8 +16,7 @@ from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
 
-from conftest import ROOT, TEST_MODELS, python
-from program import write_safetensors
+from program import ROOT, TEST_MODELS, python, write_safetensors
 from support import BASE, MUST_MOVE, SIDE, TOLERANCE, relative
 from test_lora_jobs import lora
 

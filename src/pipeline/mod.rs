@@ -1,5 +1,6 @@
 //! The recipe: Stable Diffusion XL from a valid request to pixels, step by step as diffusers does it.
 
+mod attention;
 mod control;
 mod controlnets;
 mod decode;
@@ -41,7 +42,7 @@ use controlnets::ControlNets;
 use denoise::{Forward, Lead, Previews, StepCount, denoise, guidance_scale_embedding};
 use latents::{InitImage, Inpaint, Start, from_image, from_latents, from_noise};
 pub use offload::Offload;
-use parts::{ModelParts, Refiners, read_ahead, weights};
+use parts::{ModelParts, Refiners, read_ahead, wake, weights};
 use passes::Pass;
 use preview::PreviewMap;
 pub use prompt::MAX_TEXTUAL_INVERSION_BYTES;
@@ -75,6 +76,8 @@ pub struct Settings {
     pub controlnet_memory: u64,
     /// Most calls that are kept as CUDA graphs.
     pub cuda_graphs: usize,
+    /// Find out which attention kernels are the fastest.
+    pub choose_attention: bool,
     /// The first is the default. Loaded when a job asks for one.
     pub refiners: Vec<ModelSource>,
     pub loras: lora::Settings,
@@ -225,6 +228,9 @@ impl StableDiffusionXlPipeline {
         load_times.add("load_vae", vae_time);
         if settings.preload_controlnets {
             controlnets.preload()?;
+        }
+        if settings.choose_attention {
+            attention::choose_fastest(&base.unet_config, (kind, device))?;
         }
         let default_size = (base.unet.sample_size * vae.scale_factor) as u32;
         let facts = ModelFacts {
@@ -558,5 +564,11 @@ fn default_scheduler(config: &SchedulerConfig) -> Result<SchedulerKind> {
 fn load_vae(settings: &Settings, model: &ModelDir, graphs: &GraphSet, config: &Value, kind: Kind) -> Result<Vae> {
     let _no_grad = tch::no_grad_guard();
     let weights = weights(settings, model, "vae", kind)?;
-    Vae::load(graphs, config, weights, model.path(), (kind, settings.device))
+    let target = (kind, settings.device);
+    let stays = weights.stay();
+    let vae = Vae::load(graphs, config, weights, model.path(), target)?;
+    if stays {
+        wake(settings.device, || vae.decode(&Tensor::zeros([1, vae.latent_channels, 8, 8], target)));
+    }
+    Ok(vae)
 }

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use tch::Kind;
+use tch::{Device, Kind, Tensor};
 
 use super::denoise::Guidance;
 use super::prompt::{PromptCache, TextStage};
@@ -191,6 +191,17 @@ pub(super) fn read_ahead(settings: &Settings, model: &ModelDir) {
     weights::read_ahead(components.map(|component| (model.component(component), variants.clone())).collect());
 }
 
+/// Makes a component's first call while others still load: on CUDA it is a slow one, since it brings libraries and kernels
+/// to the device.
+pub(super) fn wake<T>(device: Device, call: impl FnOnce() -> Result<T>) {
+    if device.is_cuda() {
+        tch::jit::set_graph_executor_optimize(false); // of this thread
+        if let Err(error) = call() {
+            tracing::debug!(%error, "a first call failed"); // and will again where it counts
+        }
+    }
+}
+
 fn load_text_stage(
     settings: &Settings,
     model: &ModelDir,
@@ -213,5 +224,10 @@ fn load_text_stage(
         );
         return Err(Error::setup("model_invalid", message).remedy("use the tokenizer that belongs to the text encoder"));
     }
-    Ok((component, TextStage { tokenizer, encoder }, weights, started.elapsed()))
+    let elapsed = started.elapsed();
+    if weights.stay() {
+        let ids = Tensor::from_slice(&tokenizer.frame(&[]).ids).unsqueeze(0);
+        wake(settings.device, || encoder.forward(&ids.to_device(settings.device)));
+    }
+    Ok((component, TextStage { tokenizer, encoder }, weights, elapsed))
 }
