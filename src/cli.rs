@@ -189,6 +189,9 @@ pub struct EngineArgs {
     /// Let cuDNN try its convolution kernels at each new size, which takes time and memory there, and keep the fastest
     #[arg(long, global = true, env = "CUDNN_BENCHMARK")]
     pub cudnn_benchmark: bool,
+    /// Sizes of pictures that `serve` and a RunPod worker are ready for when they start [default: the model's own]
+    #[arg(long, global = true, env = "WARM_UP", value_name = "WIDTHxHEIGHT", value_delimiter = ',')]
+    pub warm_up: Vec<PictureSize>,
     /// Graphs compiled ahead of time: used where they are beside --graphs and fit, or never
     #[arg(long, global = true, env = "AOT", value_enum, default_value_t = Aot::Auto)]
     pub aot: Aot,
@@ -475,6 +478,23 @@ impl FromStr for NamedDir {
             }
             _ => Err("expected NAME=DIR".into()),
         }
+    }
+}
+
+/// In pixels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PictureSize {
+    pub width: u32,
+    pub height: u32,
+}
+
+impl FromStr for PictureSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let sides = text.split_once('x').and_then(|(width, height)| Some((width.parse().ok()?, height.parse().ok()?)));
+        let (width, height) = sides.ok_or("expected WIDTHxHEIGHT, such as 1024x1024")?;
+        Ok(PictureSize { width, height })
     }
 }
 

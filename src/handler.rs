@@ -81,9 +81,14 @@ impl Handler {
 
     /// A request of one step for the default size.
     pub fn warm_up(&self) -> Value {
-        let mut request = json!({ "prompt": "warm-up", "num_inference_steps": 1, "seed": 0 });
+        self.warm_up_at(self.limits.default_width, self.limits.default_height)
+    }
+
+    /// The same for another size.
+    pub fn warm_up_at(&self, width: u32, height: u32) -> Value {
+        let mut request =
+            json!({ "prompt": "warm-up", "num_inference_steps": 1, "seed": 0, "width": width, "height": height });
         if self.limits.needs_image || self.limits.needs_mask {
-            let (width, height) = (self.limits.default_width, self.limits.default_height);
             let white = RgbImage::from_pixel(width, height, image::Rgb([255; 3]));
             let png = media::encode(&white, OutputFormat::Png, 100, None).expect("a white picture can be encoded");
             let white = media::to_base64(&png);

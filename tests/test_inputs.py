@@ -131,6 +131,13 @@ def test_the_first_reply_and_the_metrics_tell_how_long_the_start_took(test_model
         assert f'sdxl_worker_cold_start_seconds{{phase="{phase}"}}' in metrics
 
 
+def test_it_is_ready_for_the_sizes_that_were_named(test_models):
+    with serving(test_models, "--log-level", "debug", WARM_UP="64x96,96x64") as (address, logged):
+        assert ask(address, {})["status"] == "COMPLETED"
+    for width, height in ((64, 96), (96, 64)):
+        assert any("warmed up" in line and f"width={width} height={height}" in line for line in logged), logged
+
+
 @pytest.mark.parametrize("fields, code, field", WRONG.values(), ids=WRONG)
 def test_what_is_wrong_is_told_by_field(worker_at, fields: dict, code: str, field: str):
     answer = ask(worker_at, fields)

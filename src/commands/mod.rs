@@ -23,6 +23,7 @@ use std::future::Future;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
 use tch::Device;
 use tokio::task::spawn_blocking;
 
@@ -99,12 +100,17 @@ impl ColdStart {
     }
 }
 
-/// Loads the model on every device and runs one warm-up step on each, off the threads that talk to the network.
+/// Loads the model on every device and runs a warm-up step on each, off the threads that talk to the network.
 async fn load_runner(arguments: EngineArgs, start: ColdStart) -> Result<Arc<dyn Runner>> {
     let load = move || -> Result<Arc<dyn Runner>> {
         let devices = config::devices(&arguments)?;
         let handler = start.time("load_model", || start_on(&arguments, &devices))?;
-        start.time("warm_up", || warm_up(&handler, devices.len()))?;
+        let requests: Vec<Value> = match &arguments.warm_up[..] {
+            [] => vec![handler.warm_up()],
+            sizes => sizes.iter().map(|size| handler.warm_up_at(size.width, size.height)).collect(),
+        };
+        let warm_up = || requests.iter().try_for_each(|request| warm_up(&handler, devices.len(), request));
+        start.time("warm_up", warm_up)?;
         start.include(handler.load_times());
         start.engine.set(handler.engine().clone()).ok();
         handler.report_start(start.timings());
@@ -114,13 +120,14 @@ async fn load_runner(arguments: EngineArgs, start: ColdStart) -> Result<Arc<dyn 
 }
 
 /// One step for each engine; all of them are free, so each takes one.
-fn warm_up(handler: &Handler, engines: usize) -> Result<()> {
-    let request = handler.warm_up();
+fn warm_up(handler: &Handler, engines: usize, request: &Value) -> Result<()> {
     std::thread::scope(|scope| {
-        let run = || scope.spawn(|| handler.generate(&request, JobContext::default()).map(drop));
+        let run = || scope.spawn(|| handler.generate(request, JobContext::default()).map(drop));
         let running: Vec<_> = (0..engines).map(|_| run()).collect();
         running.into_iter().try_for_each(|thread| thread.join().expect("a job's panic is an error"))
-    })
+    })?;
+    tracing::debug!(width = %request["width"], height = %request["height"], "warmed up");
+    Ok(())
 }
 
 /// Runs `work` on a runtime of its own; threads that still block at the end are left behind.

@@ -17,6 +17,11 @@ pub(super) struct Lane {
 }
 
 #[repr(C)]
+pub(super) struct Event {
+    _private: [u8; 0],
+}
+
+#[repr(C)]
 pub(super) struct Capture {
     _private: [u8; 0],
 }
@@ -86,6 +91,9 @@ unsafe extern "C" {
     pub(super) fn shim_lane_copy(lane: *mut Lane, target: *mut C_tensor, source: *const u8) -> *mut c_char;
     pub(super) fn shim_lane_finish(lane: *mut Lane) -> *mut c_char;
     pub(super) fn shim_lane_free(lane: *mut Lane);
+    pub(super) fn shim_mark_new(device: c_int, out: *mut *mut Event) -> *mut c_char;
+    pub(super) fn shim_mark_is_reached(mark: *mut Event, out: *mut bool) -> *mut c_char;
+    pub(super) fn shim_mark_free(mark: *mut Event);
     pub(super) fn shim_has_graphs() -> bool;
     pub(super) fn shim_graph_pool(pool: *mut u64) -> *mut c_char;
     pub(super) fn shim_capture_new(device: c_int, out: *mut *mut Capture) -> *mut c_char;

@@ -7,12 +7,14 @@ mod ffi;
 mod graph;
 mod lane;
 mod mapping;
+mod mark;
 mod module;
 
 pub use aot::Package;
 pub use graph::{CapturedCall, GraphPool, capture_epoch, forget_captured_calls};
 pub use lane::Lane;
 pub use mapping::Mapping;
+pub use mark::Mark;
 pub use module::Module;
 
 use anyhow::{Context, Result};

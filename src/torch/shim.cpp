@@ -178,6 +178,22 @@ char* shim_lane_finish(Lane* lane) {
   return guarded([&] { lane->finish(); });
 }
 
+// Where the current stream of a CUDA device is now.
+char* shim_mark_new(int device, c10::Event** out) {
+  return guarded([=] {
+    const c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
+    auto event = std::make_unique<c10::Event>(c10::DeviceType::CUDA);
+    event->record(guard.getStream(c10::Device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device))));
+    *out = event.release();
+  });
+}
+
+char* shim_mark_is_reached(c10::Event* mark, bool* out) {
+  return guarded([=] { *out = mark->query(); });
+}
+
+void shim_mark_free(c10::Event* mark) { delete mark; }
+
 void shim_lane_free(Lane* lane) { delete lane; }
 
 // --- CUDA graphs ------------------------------------------------------------------------------------------------------
