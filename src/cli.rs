@@ -140,6 +140,10 @@ pub struct EngineArgs {
     /// On CUDA, keep this many UNet and ControlNet calls as CUDA graphs, one for each size and batch; 0 captures none
     #[arg(long, global = true, env = "CUDA_GRAPHS", value_name = "N", default_value_t = 8)]
     pub cuda_graphs: usize,
+    /// Most images of concurrent jobs in one call of the UNet; 1 runs one job after the other
+    #[arg(long, global = true, env = "MAX_BATCH", value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u16).range(1..))]
+    pub max_batch: u16,
     /// A refiner, and the name that requests give it: by default its folder's (repeatable; the first is the default)
     #[arg(long, global = true, env = "REFINER_ID", value_name = "[NAME=]DIR", value_delimiter = ',',
           value_parser = NamedDir::maybe_named)]
@@ -289,7 +293,7 @@ pub struct ServeArgs {
     /// Web page that may call, such as http://localhost:3000 (repeatable; `*` is every page)
     #[arg(long, value_name = "ORIGIN")]
     pub cors_origin: Vec<String>,
-    /// Jobs that run at the same time [default: one for each device]
+    /// Jobs that run at the same time [default: --max-batch for each device]
     #[arg(long, value_name = "N", env = "CONCURRENCY")]
     pub concurrency: Option<usize>,
     /// Jobs that may wait; later ones are told to try again

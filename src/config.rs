@@ -34,7 +34,7 @@ pub fn devices(arguments: &EngineArgs) -> Result<Vec<Device>> {
 
 /// Jobs that can run at the same time.
 fn concurrency(arguments: &EngineArgs) -> usize {
-    arguments.device.len().max(1)
+    arguments.device.len().max(1) * usize::from(arguments.max_batch)
 }
 
 /// Sets libtorch's process-wide switches, and translates the options: the settings of an engine on each of `devices`.

@@ -16,10 +16,10 @@ impl StableDiffusionXlPipeline {
     pub(super) fn decode_all(&self, run: &mut Run, latents: &Tensor) -> Result<Vec<RgbImage>> {
         let _vae = self.bring(&run.economy, || self.vae.in_use())?;
         let started = Instant::now();
-        run.context.report(Progress::Decoding);
+        run.task.context.report(Progress::Decoding);
         let mut images = Vec::new();
         for i in 0..latents.size()[0] {
-            run.context.check_cancelled()?;
+            run.task.context.check_cancelled()?;
             images.push(self.decode(run, &latents.narrow(0, i, 1))?);
         }
         run.timings.add("decode", started.elapsed());
