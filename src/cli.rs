@@ -140,6 +140,10 @@ pub struct EngineArgs {
     /// On CUDA, keep this many UNet and ControlNet calls as CUDA graphs, one for each size and batch; 0 captures none
     #[arg(long, global = true, env = "CUDA_GRAPHS", value_name = "N", default_value_t = 8)]
     pub cuda_graphs: usize,
+    /// Most images of concurrent jobs in one call of the UNet; 1 runs one job after the other
+    #[arg(long, global = true, env = "MAX_BATCH", value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u16).range(1..))]
+    pub max_batch: u16,
     /// A refiner, and the name that requests give it: by default its folder's (repeatable; the first is the default)
     #[arg(long, global = true, env = "REFINER_ID", value_name = "[NAME=]DIR", value_delimiter = ',',
           value_parser = NamedDir::maybe_named)]
@@ -189,6 +193,9 @@ pub struct EngineArgs {
     /// Let cuDNN try its convolution kernels at each new size, which takes time and memory there, and keep the fastest
     #[arg(long, global = true, env = "CUDNN_BENCHMARK")]
     pub cudnn_benchmark: bool,
+    /// Encode the next job's prompt while the device works on the last step of this one; auto: on cuda
+    #[arg(long, global = true, env = "ENCODE_AHEAD", value_enum, default_value_t = Switch::Auto)]
+    pub encode_ahead: Switch,
     /// Sizes of pictures that `serve` and a RunPod worker are ready for when they start [default: the model's own]
     #[arg(long, global = true, env = "WARM_UP", value_name = "WIDTHxHEIGHT", value_delimiter = ',')]
     pub warm_up: Vec<PictureSize>,
@@ -295,7 +302,7 @@ pub struct ServeArgs {
     /// Web page that may call, such as http://localhost:3000 (repeatable; `*` is every page)
     #[arg(long, value_name = "ORIGIN")]
     pub cors_origin: Vec<String>,
-    /// Jobs that run at the same time [default: one for each device]
+    /// Jobs that run at the same time [default: --max-batch for each device]
     #[arg(long, value_name = "N", env = "CONCURRENCY")]
     pub concurrency: Option<usize>,
     /// Jobs that may wait; later ones are told to try again
@@ -629,6 +636,13 @@ pub enum Offload {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Aot {
     Auto,
+    Off,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    Auto,
+    On,
     Off,
 }
 

@@ -34,7 +34,7 @@ pub fn devices(arguments: &EngineArgs) -> Result<Vec<Device>> {
 
 /// Jobs that can run at the same time.
 fn concurrency(arguments: &EngineArgs) -> usize {
-    arguments.device.len().max(1)
+    arguments.device.len().max(1) * usize::from(arguments.max_batch)
 }
 
 /// Sets libtorch's process-wide switches, and translates the options: the settings of an engine on each of `devices`.
@@ -74,6 +74,7 @@ pub fn settings(arguments: &EngineArgs, devices: &[Device]) -> Result<Vec<Settin
         preload_controlnets: arguments.preload_controlnets,
         controlnet_memory: arguments.controlnet_memory.0,
         cuda_graphs: arguments.cuda_graphs,
+        encode_ahead: false,
         choose_attention: arguments.attention == cli::Attention::Fastest,
         refiners: arguments.refiner.iter().map(source).collect(),
         loras: lora::Settings {
@@ -86,7 +87,15 @@ pub fn settings(arguments: &EngineArgs, devices: &[Device]) -> Result<Vec<Settin
         memory_limit: arguments.memory_limit.map(|size| size.0),
     };
     let neighbours = |device: Device| devices.iter().filter(|other| **other == device).count() - 1;
-    let on = |&device: &Device| Settings { device, neighbours: neighbours(device), ..settings.clone() };
+    let on = |&device: &Device| Settings {
+        device,
+        neighbours: neighbours(device),
+        encode_ahead: match arguments.encode_ahead {
+            cli::Switch::Auto => device.is_cuda(),
+            given => given == cli::Switch::On,
+        },
+        ..settings.clone()
+    };
     Ok(devices.iter().map(on).collect())
 }
 

@@ -72,6 +72,18 @@ impl Error {
         Error::new(ErrorClass::Setup, code, message)
     }
 
+    /// The same for another job that it ends too.
+    pub fn again(&self) -> Self {
+        Error {
+            class: self.class,
+            code: self.code,
+            message: self.message.clone(),
+            field: self.field.clone(),
+            remedy: self.remedy.clone(),
+            source: self.source.as_ref().map(|cause| anyhow::anyhow!("{cause:#}")),
+        }
+    }
+
     pub fn field(mut self, field: impl Into<String>) -> Self {
         self.field = Some(field.into());
         self

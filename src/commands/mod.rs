@@ -19,6 +19,7 @@ pub use runpod::runpod;
 pub use serve::serve;
 pub use tokenize::tokenize;
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
@@ -52,7 +53,7 @@ fn start_on(arguments: &EngineArgs, devices: &[Device]) -> Result<Handler> {
     tracing::debug!(model, device, dtype, "loading");
     let started = Instant::now();
     let loads = settings.into_iter().map(|settings| move || StableDiffusionXlPipeline::load(settings));
-    let engine = Engine::start_all(names.into_iter().zip(loads).collect())?;
+    let engine = Engine::start_all(names.into_iter().zip(loads).collect(), arguments.max_batch.into())?;
     tracing::info!(model, device, seconds = format!("{:.2}", started.elapsed().as_secs_f64()), "model loaded");
     Ok(Handler::new(engine, config::limits(arguments), config::downloader(), config::adapters(arguments)))
 }
@@ -97,6 +98,11 @@ impl ColdStart {
     /// How many engines take jobs.
     fn engines(&self) -> usize {
         self.engine.get().map_or(0, Engine::count)
+    }
+
+    /// See [`Engine::calls`].
+    fn calls(&self) -> BTreeMap<usize, u64> {
+        self.engine.get().map_or_else(BTreeMap::new, Engine::calls)
     }
 }
 

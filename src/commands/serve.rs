@@ -37,6 +37,10 @@ pub fn serve(arguments: &EngineArgs, options: &ServeArgs) -> Result<()> {
             let start = start.clone();
             move || start.engines()
         })),
+        unet_calls: Some(Arc::new({
+            let start = start.clone();
+            move || start.calls()
+        })),
         cold_start: Some(Arc::new({
             let start = start.clone();
             move || start.phases()

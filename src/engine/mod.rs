@@ -1,10 +1,14 @@
 //! The threads that own the model, one for each device. Everything torch lives and dies on them; the rest of the crate
 //! holds an [`Engine`].
 
+mod group;
+#[cfg(test)]
+mod group_tests;
 mod queue;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::{self, JoinHandle};
@@ -13,8 +17,9 @@ use crate::api::{GenerateParams, Timings};
 use crate::context::JobContext;
 use crate::error::{Error, ErrorClass, Result};
 use crate::fault::catch;
-use crate::pipeline::{Generation, InputImages, ModelFacts, Pipeline};
+use crate::pipeline::{Generation, InputImages, ModelFacts, Pipeline, Task};
 use crate::torch;
+use group::{Batching, may_share, run_together};
 use queue::{Place, Queue};
 
 /// A handle to the engines' threads. They end when the last handle is dropped.
@@ -25,15 +30,41 @@ pub struct Engine {
 }
 
 struct Job {
-    params: GenerateParams,
-    inputs: InputImages,
-    context: JobContext,
+    task: Arc<Task>,
     answer: SyncSender<Result<Generation>>,
+}
+
+impl Job {
+    /// A caller that no longer waits has no use for it.
+    fn answer(self, result: Result<Generation>) {
+        self.answer.send(result).ok();
+    }
+
+    /// Answers, unless the job ends the engine.
+    fn end(self, result: Result<Generation>) -> Result<(), Lost> {
+        match result {
+            Err(error) if error.class == ErrorClass::DeviceLost => Err(Lost { error, jobs: vec![self] }),
+            result => {
+                if result.as_ref().is_err_and(|error| error.class == ErrorClass::OutOfMemory) {
+                    torch::empty_cache().ok();
+                }
+                self.answer(result);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// The device is gone, and with it these jobs.
+struct Lost {
+    error: Error,
+    jobs: Vec<Job>,
 }
 
 /// Waits until the threads have ended: what lies on a device must be gone before the driver is.
 struct Handle {
     queue: Arc<Queue>,
+    batching: Arc<Batching>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -49,23 +80,26 @@ impl Drop for Handle {
 impl Engine {
     /// Starts a thread and loads the model on it; returns when it is ready for jobs.
     pub fn start<P: Pipeline>(load: impl FnOnce() -> Result<P> + Send + 'static) -> Result<Engine> {
-        Engine::start_all(vec![("the device".into(), load)])
+        Engine::start_all(vec![("the device".into(), load)], 1)
     }
 
-    /// Starts a thread for each device, named for messages, and loads the model on all of them at the same time.
+    /// Starts a thread for each device, named for messages, and loads the model on all of them at the same time. Jobs share
+    /// calls of the UNet for up to `max_batch` images.
     ///
     /// # Errors
     /// The first that cannot load, or `engines_differ`.
-    pub fn start_all<P, L>(loads: Vec<(String, L)>) -> Result<Engine>
+    pub fn start_all<P, L>(loads: Vec<(String, L)>, max_batch: usize) -> Result<Engine>
     where
         P: Pipeline,
         L: FnOnce() -> Result<P> + Send + 'static,
     {
         let count = loads.len();
-        let mut handle = Handle { queue: Arc::new(Queue::new(count)), threads: Vec::new() };
+        let (queue, batching) = (Arc::new(Queue::new(count)), Arc::new(Batching::new(max_batch)));
+        let mut handle = Handle { queue, batching, threads: Vec::new() };
         let (ready, loaded) = sync_channel(count);
         for (index, (device, load)) in loads.into_iter().enumerate() {
             let (place, ready) = (Place::new(&handle.queue, index), ready.clone());
+            let batching = handle.batching.clone();
             let work = move || {
                 // The optimiser profiles a graph's first calls and costs seconds on a full UNet; thread-local.
                 tch::jit::set_graph_executor_optimize(false);
@@ -76,7 +110,8 @@ impl Engine {
                 };
                 if ready.send(Ok(pipeline.facts())).is_ok() {
                     drop(ready);
-                    if serve(&mut pipeline, &place, &device) == End::DeviceLost {
+                    pipeline.foresee(place.upcoming());
+                    if serve(&mut pipeline, &place, &device, &batching) == End::DeviceLost {
                         // nothing can be freed there any more
                         std::mem::forget(pipeline);
                     }
@@ -105,10 +140,16 @@ impl Engine {
         self.handle.queue.count()
     }
 
+    /// The UNet's calls of jobs that may share them: how many there were, by the number of images in them.
+    pub fn calls(&self) -> BTreeMap<usize, u64> {
+        self.handle.batching.calls()
+    }
+
     /// Runs one job, on the engine that is free first, and waits for it.
     pub fn generate(&self, params: GenerateParams, inputs: InputImages, context: JobContext) -> Result<Generation> {
         let (answer, result) = sync_channel(1);
-        self.handle.queue.push(Job { params, inputs, context, answer })?;
+        let task = Arc::new(Task { params, inputs, context });
+        self.handle.queue.push(Job { task, answer })?;
         result.recv().map_err(|_| lost())?
     }
 }
@@ -128,35 +169,39 @@ enum End {
     DeviceLost,
 }
 
-fn serve(pipeline: &mut impl Pipeline, place: &Place, device: &str) -> End {
-    while let Some(Job { params, inputs, context, answer }) = place.take() {
-        let result = catch(|| {
-            context.check_cancelled()?;
-            pipeline.generate(&params, &inputs, &context)
-        });
-        let failure = result.as_ref().err().map(|error| error.class);
-        if failure == Some(ErrorClass::OutOfMemory) {
-            torch::empty_cache().ok();
-        }
-        let is_lost = failure == Some(ErrorClass::DeviceLost);
-        let result = if is_lost { result.map_err(|error| leave(place, device, error)) } else { result };
-        // a caller that no longer waits has no use for the answer
-        answer.send(result).ok();
-        if is_lost {
+fn serve(pipeline: &mut impl Pipeline, place: &Place, device: &str, batching: &Batching) -> End {
+    while let Some(job) = place.take() {
+        let result = if may_share(pipeline, &job, batching) {
+            run_together(pipeline, job, place, batching)
+        } else {
+            let result = catch(|| {
+                job.task.context.check_cancelled()?;
+                pipeline.generate(&job.task)
+            });
+            job.end(result)
+        };
+        if let Err(Lost { error, jobs }) = result {
+            leave(place, device, &error, jobs);
             return End::DeviceLost;
         }
     }
     End::NoMoreJobs
 }
 
-/// Takes no more jobs. As long as other devices go on, the loss concerns this job alone and not the whole worker.
-fn leave(place: &Place, device: &str, error: Error) -> Error {
+/// Takes no more jobs. As long as other devices go on, the loss concerns these jobs alone and not the whole worker.
+fn leave(place: &Place, device: &str, error: &Error, jobs: Vec<Job>) {
     let others = place.leave();
-    tracing::error!(device, others, "a device is lost");
-    if others == 0 {
-        return error;
+    tracing::error!(device, others, jobs = jobs.len(), "a device is lost");
+    for job in jobs {
+        let error = error.again();
+        job.answer(Err(match others {
+            0 => error,
+            _ => Error {
+                class: ErrorClass::Internal,
+                message: format!("the accelerator failed ({device}); this worker goes on without it"),
+                remedy: Some("try again".into()),
+                ..error
+            },
+        }));
     }
-    let Error { code, message: _, field, source, .. } = error;
-    let message = format!("the accelerator failed ({device}); this worker goes on without it");
-    Error { class: ErrorClass::Internal, code, message, field, remedy: Some("try again".into()), source }
 }

@@ -6,6 +6,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use super::Job;
 use crate::error::{Error, ErrorClass, Result};
+use crate::lora::Wanted;
+use crate::pipeline::Upcoming;
 
 /// Needs no bound: whoever brings a job waits for it.
 pub(super) struct Queue {
@@ -31,12 +33,13 @@ struct EngineState {
 type Loras = Vec<(String, u64)>;
 
 fn loras(job: &Job) -> Loras {
-    job.inputs.loras.iter().map(|lora| (lora.sha256.clone(), lora.scale.to_bits())).collect()
+    job.task.inputs.loras.iter().map(Wanted::key).collect()
 }
 
 impl Queue {
     pub(super) fn new(engines: usize) -> Self {
-        let engines = (0..engines).map(|_| EngineState::default()).collect();
+        // free even before their threads have come to the queue: jobs come when all are loaded
+        let engines = (0..engines).map(|_| EngineState { is_free: true, ..EngineState::default() }).collect();
         Queue { state: Mutex::new(State { waiting: VecDeque::new(), engines, closed: false }), changed: Condvar::new() }
     }
 
@@ -117,6 +120,22 @@ impl Place {
         }
     }
 
+    /// Tells what is at the head of the queue.
+    pub(super) fn upcoming(&self) -> Upcoming {
+        let queue = self.queue.clone();
+        Box::new(move || queue.lock().waiting.front().map(|job| job.task.clone()))
+    }
+
+    /// The job at the head, where `wanted` wants it, for an engine that is busy with jobs beside which it can run. Does
+    /// not wait. While an engine is free the job is left to that one.
+    pub(super) fn take_beside(&self, wanted: impl FnOnce(&Job) -> bool) -> Option<Job> {
+        let mut state = self.queue.lock();
+        if state.engines.iter().any(|engine| engine.is_free) || !state.waiting.front().is_some_and(wanted) {
+            return None;
+        }
+        state.waiting.pop_front()
+    }
+
     /// Takes no more jobs; says how many engines still do. The last one answers those that wait.
     pub(super) fn leave(&self) -> usize {
         let mut state = self.queue.lock();
@@ -124,7 +143,7 @@ impl Place {
         let others = state.count();
         if others == 0 {
             for job in state.waiting.drain(..) {
-                job.answer.send(Err(no_device())).ok();
+                job.answer(Err(no_device()));
             }
         }
         // a job may have waited for this one

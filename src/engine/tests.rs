@@ -4,12 +4,38 @@ use std::sync::Barrier;
 use super::*;
 use crate::api::{Limits, SchedulerKind, Timings, parse, validate};
 use crate::lora::Wanted;
+use crate::pipeline::Stepped;
 use tch::{Device, Kind, Tensor};
 
 /// Does with the prompt what the test says.
-struct FakePipeline;
+pub(super) struct FakePipeline;
+
+/// For a pipeline whose jobs run alone.
+macro_rules! no_groups {
+    () => {
+        type Running<'a> = ();
+
+        fn can_join(&self, _: &Task, _: &[()]) -> bool {
+            false
+        }
+
+        fn begin(&self, _: &Arc<Task>) -> Result<()> {
+            unreachable!()
+        }
+
+        fn step(&self, _: &mut [()]) -> Stepped {
+            unreachable!()
+        }
+
+        fn finish(&self, _: ()) -> Result<Generation> {
+            unreachable!()
+        }
+    };
+}
 
 impl Pipeline for FakePipeline {
+    no_groups!();
+
     fn facts(&self) -> ModelFacts {
         ModelFacts {
             name: "fake".into(),
@@ -26,8 +52,8 @@ impl Pipeline for FakePipeline {
         }
     }
 
-    fn generate(&mut self, params: &GenerateParams, _: &InputImages, context: &JobContext) -> Result<Generation> {
-        match params.prompt.as_str() {
+    fn generate(&mut self, task: &Arc<Task>) -> Result<Generation> {
+        match task.params.prompt.as_str() {
             "panic" => panic!("a fault in the pipeline"),
             "shapes" => {
                 let _ = Tensor::zeros([2], (Kind::Float, Device::Cpu)) + Tensor::zeros([3], (Kind::Float, Device::Cpu));
@@ -36,7 +62,7 @@ impl Pipeline for FakePipeline {
                 let _ = Tensor::zeros([1 << 45], (Kind::Float, Device::Cpu));
             }
             "wait" => loop {
-                context.check_cancelled()?;
+                task.context.check_cancelled()?;
             },
             _ => {}
         }
@@ -54,7 +80,11 @@ impl Pipeline for FakePipeline {
 }
 
 fn params(prompt: &str) -> GenerateParams {
-    let (request, _) = parse(&serde_json::json!({ "prompt": prompt })).unwrap();
+    params_of(&serde_json::json!({ "prompt": prompt }))
+}
+
+pub(super) fn params_of(request: &serde_json::Value) -> GenerateParams {
+    let (request, _) = parse(request).unwrap();
     validate(request, &Limits::default(), None).unwrap()
 }
 
@@ -110,19 +140,21 @@ fn start_two(in_step: &Arc<Barrier>) -> Engine {
         let in_step = in_step.clone();
         (name.to_owned(), move || Ok(MeetingPipeline(in_step)))
     };
-    Engine::start_all(vec![load("first"), load("second")]).unwrap()
+    Engine::start_all(vec![load("first"), load("second")], 1).unwrap()
 }
 
 /// Does what [`FakePipeline`] does, and more. Says in the warnings which thread it was.
 struct MeetingPipeline(Arc<Barrier>);
 
 impl Pipeline for MeetingPipeline {
+    no_groups!();
+
     fn facts(&self) -> ModelFacts {
         FakePipeline.facts()
     }
 
-    fn generate(&mut self, params: &GenerateParams, inputs: &InputImages, context: &JobContext) -> Result<Generation> {
-        match params.prompt.as_str() {
+    fn generate(&mut self, task: &Arc<Task>) -> Result<Generation> {
+        match task.params.prompt.as_str() {
             "meet" => drop(self.0.wait()),
             "lose" => panic!("CUDA error: an illegal memory access was encountered"),
             "lose together" => {
@@ -131,7 +163,7 @@ impl Pipeline for MeetingPipeline {
             }
             _ => {}
         }
-        let mut generation = FakePipeline.generate(params, inputs, context)?;
+        let mut generation = FakePipeline.generate(task)?;
         generation.warnings.push(format!("{:?}", thread::current().id()));
         Ok(generation)
     }
@@ -152,7 +184,7 @@ fn start_job(engine: &Engine, prompt: &str, loras: &[&str]) -> thread::JoinHandl
 }
 
 /// Waits for this many free engines and waiting jobs.
-fn until(engine: &Engine, free: usize, waiting: usize) {
+pub(super) fn until(engine: &Engine, free: usize, waiting: usize) {
     while engine.handle.queue.levels() != (free, waiting) {
         thread::yield_now();
     }
@@ -237,6 +269,7 @@ fn a_device_that_cannot_load_is_named() {
             false => Ok(FakePipeline),
         }
     };
-    let error = Engine::start_all(vec![("cuda:0".into(), load(false)), ("cuda:1".into(), load(true))]).err().unwrap();
+    let loads = vec![("cuda:0".into(), load(false)), ("cuda:1".into(), load(true))];
+    let error = Engine::start_all(loads, 1).err().unwrap();
     assert_eq!((error.code, error.message.as_str()), ("model_not_found", "cuda:1: none"));
 }

@@ -59,6 +59,13 @@ pub struct Wanted {
     pub file: Arc<File>,
 }
 
+impl Wanted {
+    /// The file and its scale, bit by bit: equal lists of these make equal weights.
+    pub fn key(&self) -> (String, u64) {
+        (self.sha256.clone(), self.scale.to_bits())
+    }
+}
+
 /// Time that a change of LoRAs took.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Spent {
@@ -115,7 +122,7 @@ impl Loras {
     /// `lora_damaged`, `lora_unsupported`, `lora_mismatch`, `lora_overflow`, `memory_limit`, `cancelled`; after each of them
     /// the weights are what they were before the call, or the base.
     pub fn apply(&mut self, wanted: &[Wanted], context: &JobContext) -> Result<(Vec<LoraReport>, Spent)> {
-        let key: Vec<_> = wanted.iter().map(|lora| (lora.sha256.clone(), lora.scale.to_bits())).collect();
+        let key: Vec<_> = wanted.iter().map(Wanted::key).collect();
         let mut spent = Spent::default();
         // without a key, changes are those of an attempt that could not be taken back
         if key == self.applied.key && (!key.is_empty() || self.applied.changed.is_empty()) {

@@ -122,7 +122,7 @@ impl ControlNet {
 
     /// `conditions` are those of [`embed`](Self::embed): one, or on a union net one for each of the controls.
     pub fn forward(&self, inputs: &UNetInputs, conditions: &[&Tensor], union: &UnionInputs) -> Result<Residuals> {
-        let batch = inputs.sample.size()[0];
+        let batch = inputs.rows();
         let whole_batch: Vec<Tensor> = conditions.iter().map(|c| c.expand([batch, -1, -1, -1], false)).collect();
         let mut all = inputs.list().to_vec();
         let Some(types) = self.num_control_type else {

@@ -26,19 +26,19 @@ pub struct UNet {
 }
 
 /// One call. All in the graph's dtype and on its device, but `timestep`.
-pub struct UNetInputs<'a> {
+pub struct UNetInputs {
     /// `[batch, in_channels, h, w]`
-    pub sample: &'a Tensor,
+    pub sample: Tensor,
     /// float32 `[batch]`
-    pub timestep: &'a Tensor,
+    pub timestep: Tensor,
     /// `[batch, tokens, cross_attention_dim]`
-    pub encoder_hidden_states: &'a Tensor,
+    pub encoder_hidden_states: Tensor,
     /// `[batch, projection_dim]`
-    pub text_embeds: &'a Tensor,
+    pub text_embeds: Tensor,
     /// `[batch, 6]`; a refiner's `[batch, 5]`
-    pub time_ids: &'a Tensor,
+    pub time_ids: Tensor,
     /// `[batch, time_cond_proj_dim]`, where the UNet takes one
-    pub timestep_cond: Option<&'a Tensor>,
+    pub timestep_cond: Option<Tensor>,
 }
 
 /// What a ControlNet adds to the UNet: one tensor for each skip connection, then one for the middle block.
@@ -46,9 +46,51 @@ pub struct Residuals(pub Vec<Tensor>);
 
 pub(super) const INPUTS: [&str; 5] = ["sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"];
 
-impl UNetInputs<'_> {
+impl UNetInputs {
     pub(super) fn list(&self) -> [&Tensor; 5] {
-        [self.sample, self.timestep, self.encoder_hidden_states, self.text_embeds, self.time_ids]
+        [&self.sample, &self.timestep, &self.encoder_hidden_states, &self.text_embeds, &self.time_ids]
+    }
+
+    /// Rows of the batch.
+    pub fn rows(&self) -> i64 {
+        self.sample.size()[0]
+    }
+
+    /// What `part` makes of each tensor, such as some of its rows.
+    pub fn map(&self, part: impl Fn(&Tensor) -> Tensor) -> UNetInputs {
+        UNetInputs {
+            sample: part(&self.sample),
+            timestep: part(&self.timestep),
+            encoder_hidden_states: part(&self.encoder_hidden_states),
+            text_embeds: part(&self.text_embeds),
+            time_ids: part(&self.time_ids),
+            timestep_cond: self.timestep_cond.as_ref().map(part),
+        }
+    }
+
+    /// Whether both can be rows of one call of the same UNet.
+    pub fn fits(&self, other: &UNetInputs) -> bool {
+        let shapes = |inputs: &UNetInputs| {
+            [&inputs.sample, &inputs.encoder_hidden_states].map(|tensor| tensor.size()[1..].to_vec())
+        };
+        shapes(self) == shapes(other)
+    }
+
+    /// One call for all of `calls`, which [fit](Self::fits) each other; the rows of each stay together, in order.
+    pub fn cat(calls: &[&UNetInputs]) -> UNetInputs {
+        let all = |part: fn(&UNetInputs) -> Option<&Tensor>| {
+            let parts: Vec<&Tensor> = calls.iter().filter_map(|call| part(call)).collect();
+            (!parts.is_empty()).then(|| Tensor::cat(&parts, 0))
+        };
+        let every = |part: fn(&UNetInputs) -> Option<&Tensor>| all(part).expect("there are calls");
+        UNetInputs {
+            sample: every(|call| Some(&call.sample)),
+            timestep: every(|call| Some(&call.timestep)),
+            encoder_hidden_states: every(|call| Some(&call.encoder_hidden_states)),
+            text_embeds: every(|call| Some(&call.text_embeds)),
+            time_ids: every(|call| Some(&call.time_ids)),
+            timestep_cond: all(|call| call.timestep_cond.as_ref()),
+        }
     }
 }
 
@@ -98,7 +140,7 @@ impl UNet {
 
     /// The predicted noise (or velocity), `[batch, 4, h, w]`.
     pub fn forward(&self, inputs: &UNetInputs, residuals: Option<&Residuals>) -> Result<Tensor> {
-        let inputs = inputs.list().into_iter().chain(inputs.timestep_cond);
+        let inputs = inputs.list().into_iter().chain(&inputs.timestep_cond);
         let mut outputs = match (residuals, &self.control) {
             (None, _) => self.module.forward(&inputs.collect::<Vec<_>>())?,
             (Some(Residuals(residuals)), Some(control)) => {

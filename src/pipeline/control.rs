@@ -122,18 +122,7 @@ impl Call<'_> {
         let only_prompt = self.guess_mode && guided;
         let residuals = if only_prompt {
             let half = |tensor: &Tensor| tensor.chunk(2, 0).pop().expect("two halves");
-            let [sample, timestep, encoder_hidden_states, text_embeds, time_ids] =
-                [inputs.sample, inputs.timestep, inputs.encoder_hidden_states, inputs.text_embeds, inputs.time_ids]
-                    .map(half);
-            let inputs = UNetInputs {
-                sample: &sample,
-                timestep: &timestep,
-                encoder_hidden_states: &encoder_hidden_states,
-                text_embeds: &text_embeds,
-                time_ids: &time_ids,
-                timestep_cond: None,
-            };
-            self.net.forward(&inputs, &conditions, &union)?
+            self.net.forward(&inputs.map(half), &conditions, &union)?
         } else {
             self.net.forward(inputs, &conditions, &union)?
         };

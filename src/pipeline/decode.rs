@@ -10,16 +10,17 @@ use super::{Run, StableDiffusionXlPipeline, VaeTiling, image_processor, load_vae
 use crate::context::Progress;
 use crate::error::{Error, ErrorClass, Result};
 use crate::models::{ModelDir, Vae};
+use crate::torch::Mark;
 
 impl StableDiffusionXlPipeline {
     /// Image by image: the decoder's activations are the largest of the run.
     pub(super) fn decode_all(&self, run: &mut Run, latents: &Tensor) -> Result<Vec<RgbImage>> {
         let _vae = self.bring(&run.economy, || self.vae.in_use())?;
         let started = Instant::now();
-        run.context.report(Progress::Decoding);
+        run.task.context.report(Progress::Decoding);
         let mut images = Vec::new();
         for i in 0..latents.size()[0] {
-            run.context.check_cancelled()?;
+            run.task.context.check_cancelled()?;
             images.push(self.decode(run, &latents.narrow(0, i, 1))?);
         }
         run.timings.add("decode", started.elapsed());
@@ -35,6 +36,9 @@ impl StableDiffusionXlPipeline {
             self.with_tiles(economy, size, |tiled| if tiled { vae.tiled_decode(latents) } else { vae.decode(latents) })
         };
         let mut image = pixels(&self.vae)?;
+        if let Some(mark) = Mark::set(image.device())? {
+            mark.wait()?;
+        }
         if !is_finite(&image) && self.vae.kind() != Kind::Float {
             let vae = self.with_offload(economy, || self.vae_in_float32())?;
             let _vae = self.bring(economy, || vae.in_use())?;

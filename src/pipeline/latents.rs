@@ -1,6 +1,8 @@
 //! Where the denoising starts: noise, a picture with noise, or for inpainting a picture that keeps what is not masked.
 //! `prepare_latents` and `prepare_mask_latents` of diffusers' pipelines.
 
+use std::rc::Rc;
+
 use image::GrayImage;
 use tch::{Device, Kind, Tensor};
 
@@ -14,7 +16,7 @@ use crate::schedulers::{NoiseSource, Scheduler};
 pub(super) struct Start {
     /// `[num_images, 4, h, w]`
     pub(super) latents: Tensor,
-    pub(super) inpaint: Option<Inpaint>,
+    pub(super) inpaint: Option<Rc<Inpaint>>,
 }
 
 /// How inpainting enters a step.
@@ -116,7 +118,7 @@ pub(super) fn from_image(
             Inpaint::Show(Tensor::cat(&[latent_mask, latents], 1))
         }
     };
-    Ok(Start { latents, inpaint: Some(inpaint) })
+    Ok(Start { latents, inpaint: Some(Rc::new(inpaint)) })
 }
 
 impl Inpaint {

@@ -65,7 +65,7 @@ impl StableDiffusionXlPipeline {
     pub(super) fn plan_memory(&self, params: &GenerateParams, economy: &Economy) -> Result<()> {
         let mut plan = Plan { tiles: false, one_by_one: false, offload: self.offload.get() };
         let mut limits = self.limits()?;
-        if self.missing(params, plan, &limits) > 0 {
+        if self.missing(&[params], plan, &limits) > 0 {
             // what torch keeps cached is not in use
             torch::empty_cache()?;
             limits = self.limits()?;
@@ -74,18 +74,29 @@ impl StableDiffusionXlPipeline {
         let tiles = self.may_use_tiles(params.final_size()).then_some(Measure::Tiles);
         for measure in tiles.into_iter().chain([Measure::OneByOne]).chain(OFFLOADS) {
             let next = plan.with(measure);
-            if self.missing(params, next, &limits) < self.missing(params, plan, &limits) {
+            if self.missing(&[params], next, &limits) < self.missing(&[params], plan, &limits) {
                 plan = next;
                 measures.push(measure);
             }
         }
-        if self.missing(params, plan, &limits) > 0 {
+        if self.missing(&[params], plan, &limits) > 0 {
             return Err(self.too_large(params, plan, &limits));
         }
         for measure in measures {
             self.take(economy, measure);
         }
         Ok(())
+    }
+
+    /// Whether these jobs, of one size, can be denoised in calls that they share.
+    pub(super) fn has_room(&self, jobs: &[&GenerateParams]) -> Result<bool> {
+        let plan = Plan { tiles: false, one_by_one: false, offload: self.offload.get() };
+        let fits = || Ok(self.missing_at(Stage::Denoise, jobs, plan, &self.limits()?) == 0);
+        if fits()? {
+            return Ok(true);
+        }
+        torch::empty_cache()?;
+        fits()
     }
 
     fn limits(&self) -> Result<Limits> {
@@ -97,20 +108,21 @@ impl StableDiffusionXlPipeline {
         Ok(Limits { configured: self.settings.memory_limit, free: free.map(share) })
     }
 
-    /// Bytes by which a job exceeds the limits, summed over its stages.
-    fn missing(&self, params: &GenerateParams, plan: Plan, limits: &Limits) -> u64 {
-        let of_stage = |stage| {
-            let needed = self.estimate(params, stage, plan);
-            let (coming, leaving) = self.moving(params, stage, plan.offload);
-            let above = limits.configured.map(|limit| needed.saturating_sub(limit));
-            let beyond = limits.free.map(|free| (needed + coming).saturating_sub(free + leaving));
-            above.max(beyond).unwrap_or(0)
-        };
-        STAGES.into_iter().map(of_stage).sum()
+    /// Bytes by which jobs exceed the limits, summed over their stages.
+    fn missing(&self, jobs: &[&GenerateParams], plan: Plan, limits: &Limits) -> u64 {
+        STAGES.into_iter().map(|stage| self.missing_at(stage, jobs, plan, limits)).sum()
+    }
+
+    fn missing_at(&self, stage: Stage, jobs: &[&GenerateParams], plan: Plan, limits: &Limits) -> u64 {
+        let needed = self.estimate(jobs, stage, plan);
+        let (coming, leaving) = self.moving(jobs, stage, plan.offload);
+        let above = limits.configured.map(|limit| needed.saturating_sub(limit));
+        let beyond = limits.free.map(|free| (needed + coming).saturating_sub(free + leaving));
+        above.max(beyond).unwrap_or(0)
     }
 
     fn too_large(&self, params: &GenerateParams, plan: Plan, limits: &Limits) -> Error {
-        let needed = STAGES.into_iter().map(|stage| self.estimate(params, stage, plan)).max().unwrap_or(0);
+        let needed = STAGES.into_iter().map(|stage| self.estimate(&[params], stage, plan)).max().unwrap_or(0);
         let (limit, whose) = match (limits.configured, limits.free) {
             (Some(limit), free) if free.is_none_or(|free| limit <= free) => (limit, "the configured limit is"),
             (_, free) => (free.unwrap_or(0), "free are"),
@@ -127,9 +139,10 @@ impl StableDiffusionXlPipeline {
         )
     }
 
-    /// Bytes of activations at the peak of a stage. The UNet runs all images at once or one by one, the VAE one by one.
-    fn estimate(&self, params: &GenerateParams, stage: Stage, plan: Plan) -> u64 {
-        let (height, width) = params.final_size();
+    /// Bytes of activations at the peak of a stage of jobs of one size. The UNet runs all images at once or one by one, the
+    /// VAE one by one.
+    fn estimate(&self, jobs: &[&GenerateParams], stage: Stage, plan: Plan) -> u64 {
+        let (height, width) = jobs[0].final_size();
         let pixels = u64::from(height) * u64::from(width);
         let bytes = match self.settings.device {
             Device::Cpu => ON_CPU,
@@ -138,11 +151,16 @@ impl StableDiffusionXlPipeline {
         let activations = match stage {
             Stage::Denoise => {
                 let latent_pixels = pixels / (self.vae.scale_factor as u64).pow(2);
-                let images = if plan.one_by_one { 1 } else { u64::from(params.num_images) };
-                let batch = images * if self.base.guidance(params).is_on() { 2 } else { 1 };
-                let unet = batch * latent_pixels * channels(&self.base.unet_config, 0) * bytes.unet;
+                let rows = |params: &&GenerateParams| {
+                    let images = if plan.one_by_one { 1 } else { u64::from(params.num_images) };
+                    images * if self.base.guidance(params).is_on() { 2 } else { 1 }
+                };
+                let unet = jobs.iter().map(rows).sum::<u64>()
+                    * latent_pixels
+                    * channels(&self.base.unet_config, 0)
+                    * bytes.unet;
                 // a ControlNet's residuals are as many as the UNet's own skips, and wait for it
-                if params.controls.is_empty() { unet } else { unet / 2 * 3 }
+                if has_controls(jobs) { unet / 2 * 3 } else { unet }
             }
             Stage::Decode => {
                 let tiled = plan.tiles || self.decodes_in_tiles((height, width));
@@ -151,11 +169,11 @@ impl StableDiffusionXlPipeline {
             }
         };
         // the finished pictures, as floats and as bytes
-        activations + pixels * 3 * 8 * u64::from(params.num_images)
+        activations + pixels * 3 * 8 * jobs.iter().map(|params| u64::from(params.num_images)).sum::<u64>()
     }
 
     /// Bytes of weights that a stage brings to the device, and of those that are there and may leave for it.
-    fn moving(&self, params: &GenerateParams, stage: Stage, offload: Offload) -> (u64, u64) {
+    fn moving(&self, jobs: &[&GenerateParams], stage: Stage, offload: Offload) -> (u64, u64) {
         let (mut coming, mut leaving) = (0, 0);
         let mut count = |weights: &Weights, component: &str, is_used: bool| match (weights.is_here(), is_used) {
             (false, true) => coming += weights.device_bytes(),
@@ -171,10 +189,14 @@ impl StableDiffusionXlPipeline {
         for (index, half) in self.vae_halves().enumerate() {
             count(&half.borrow(), "vae", index == 0 && stage == Stage::Decode);
         }
-        let is_used = !params.controls.is_empty() && stage == Stage::Denoise;
+        let is_used = has_controls(jobs) && stage == Stage::Denoise;
         self.controlnets.loaded().for_each(|net| count(&net.weights().borrow(), "controlnet", is_used));
         (coming, leaving)
     }
+}
+
+fn has_controls(jobs: &[&GenerateParams]) -> bool {
+    jobs.iter().any(|params| !params.controls.is_empty())
 }
 
 fn channels(config: &Value, level: usize) -> u64 {

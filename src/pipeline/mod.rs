@@ -1,6 +1,7 @@
 //! The recipe: Stable Diffusion XL from a valid request to pixels, step by step as diffusers does it.
 
 mod attention;
+mod batch;
 mod control;
 mod controlnets;
 mod decode;
@@ -20,6 +21,7 @@ mod tokenizer;
 use std::cell::{Cell, OnceCell};
 use std::fs::File;
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -27,19 +29,17 @@ use image::{GrayImage, RgbImage};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-use crate::api::{
-    ControlNetFacts, GenerateParams, HiresParams, LoraReport, OutputFormat, Preset, SchedulerKind, Timings,
-};
+use crate::api::{ControlNetFacts, GenerateParams, HiresParams, LoraReport, Preset, SchedulerKind, Timings};
 use crate::context::JobContext;
 use crate::error::{Error, Result};
+use crate::fault::catch;
 use crate::lora;
-use crate::media;
-use crate::models::{GraphSet, ModelDir, UNetInputs, Vae, VaeEncoder, keep_captured_calls};
+use crate::models::{GraphSet, ModelDir, Vae, VaeEncoder, keep_captured_calls};
 use crate::schedulers::{NoiseSource, SchedulerConfig};
 use crate::weights::InUse;
 use control::Controls;
 use controlnets::ControlNets;
-use denoise::{Forward, Lead, Previews, StepCount, denoise, guidance_scale_embedding};
+use denoise::{Denoising, StepCount};
 use latents::{InitImage, Inpaint, Start, from_image, from_latents, from_noise};
 pub use offload::Offload;
 use parts::{ModelParts, Refiners, read_ahead, wake, weights};
@@ -76,6 +76,8 @@ pub struct Settings {
     pub controlnet_memory: u64,
     /// Most calls that are kept as CUDA graphs.
     pub cuda_graphs: usize,
+    /// Encode the next job's prompt while the device works on this one's last step.
+    pub encode_ahead: bool,
     /// Find out which attention kernels are the fastest.
     pub choose_attention: bool,
     /// The first is the default. Loaded when a job asks for one.
@@ -145,6 +147,13 @@ pub struct InputImages {
     pub textual_inversions: Vec<Arc<File>>,
 }
 
+/// One job: a valid request, the files that it came with, and who hears of it.
+pub struct Task {
+    pub params: GenerateParams,
+    pub inputs: InputImages,
+    pub context: JobContext,
+}
+
 /// What one job made.
 pub struct Generation {
     pub images: Vec<RgbImage>,
@@ -158,8 +167,41 @@ pub struct Generation {
 
 /// What the engine's thread runs.
 pub trait Pipeline {
+    /// A job that is denoised beside others.
+    type Running<'a>
+    where
+        Self: 'a;
+
     fn facts(&self) -> ModelFacts;
-    fn generate(&mut self, params: &GenerateParams, inputs: &InputImages, context: &JobContext) -> Result<Generation>;
+
+    /// How it can learn of the job that comes next.
+    fn foresee(&mut self, _upcoming: Upcoming) {}
+
+    /// Runs one job, from beginning to end.
+    fn generate(&mut self, task: &Arc<Task>) -> Result<Generation>;
+
+    /// Whether a job may be denoised beside these; where there are none, whether it may ever be beside others.
+    fn can_join(&self, task: &Task, group: &[Self::Running<'_>]) -> bool;
+
+    /// Runs such a job up to its first step.
+    fn begin(&self, task: &Arc<Task>) -> Result<Self::Running<'_>>;
+
+    /// One step of each, with as few calls of the UNet as possible.
+    fn step(&self, group: &mut [Self::Running<'_>]) -> Stepped;
+
+    /// What is left to do after the last step.
+    fn finish(&self, running: Self::Running<'_>) -> Result<Generation>;
+}
+
+/// Tells the job that waits longest.
+pub type Upcoming = Box<dyn Fn() -> Option<Arc<Task>>>;
+
+/// A step of several jobs.
+pub struct Stepped {
+    /// For each job whether that was its last step. A failure is that job's alone, except for a device that is lost.
+    pub outcomes: Vec<Result<bool>>,
+    /// The UNet's calls, each as the number of images in it.
+    pub calls: Vec<usize>,
 }
 
 pub struct StableDiffusionXlPipeline {
@@ -174,10 +216,11 @@ pub struct StableDiffusionXlPipeline {
     /// Loaded when a job first starts from a picture.
     vae_encoder: Option<VaeEncoder>,
     controlnets: ControlNets,
+    upcoming: Upcoming,
     /// What is in force now.
     offload: Cell<Offload>,
     /// Fitted when the first preview is asked for.
-    preview_map: Option<PreviewMap>,
+    preview_map: OnceCell<PreviewMap>,
 }
 
 impl StableDiffusionXlPipeline {
@@ -255,8 +298,9 @@ impl StableDiffusionXlPipeline {
             vae_float32: OnceCell::new(),
             vae_encoder: None,
             controlnets,
+            upcoming: Box::new(|| None),
             offload: Cell::new(settings.offload),
-            preview_map: None,
+            preview_map: OnceCell::new(),
             settings,
         })
     }
@@ -266,11 +310,6 @@ impl StableDiffusionXlPipeline {
         let settings = self.settings_now();
         if let Some(refiner) = &params.refiner {
             self.refiners.require(&refiner.model, &settings)?;
-        }
-        if params.preview_every > 0 && self.preview_map.is_none() {
-            let _vae = self.vae.in_use()?;
-            let (kind, device) = (self.settings.kind, self.settings.device);
-            self.preview_map = Some(PreviewMap::fit(&self.vae, self.vae.latent_channels, kind, device)?);
         }
         let encodes = params.init.is_some() || params.hires.as_ref().is_some_and(|hires| hires.upscaler.needs_pixels());
         if encodes && self.vae_encoder.is_none() {
@@ -287,9 +326,20 @@ impl StableDiffusionXlPipeline {
         self.controlnets.require(&nets)
     }
 
+    fn preview_map(&self) -> Result<&PreviewMap> {
+        if let Some(map) = self.preview_map.get() {
+            return Ok(map);
+        }
+        let _vae = self.vae.in_use()?;
+        let (kind, device) = (self.settings.kind, self.settings.device);
+        let map = PreviewMap::fit(&self.vae, self.vae.latent_channels, kind, device)?;
+        Ok(self.preview_map.get_or_init(|| map))
+    }
+
     /// The first latents.
     fn start(&self, run: &mut Run, pass: &Pass) -> Result<Start> {
-        let Run { params, inputs, economy, noise, .. } = run;
+        let Run { task, economy, noise, .. } = run;
+        let Task { params, inputs, .. } = &**task;
         let target = (self.settings.kind, self.settings.device);
         let shape = self.latent_shape((params.height, params.width));
         let (Some(_), Some(image)) = (&params.init, &inputs.image) else {
@@ -313,8 +363,8 @@ impl StableDiffusionXlPipeline {
     }
 
     /// Sees to it that the job's LoRAs, and no others, are in the base model's weights.
-    fn apply_loras(&self, run: &mut Run) -> Result<Vec<LoraReport>> {
-        let apply = || self.base.weights.borrow_mut().apply(&run.inputs.loras, run.context);
+    fn apply_loras(&self, run: &mut Run) -> Result<()> {
+        let apply = || self.base.weights.borrow_mut().apply(&run.task.inputs.loras, &run.task.context);
         let (loras, spent) = self.with_offload(&run.economy, apply)?;
         for (phase, time) in [("lora_load", spent.load), ("lora_restore", spent.restore), ("lora_fuse", spent.fuse)] {
             if !time.is_zero() {
@@ -327,216 +377,244 @@ impl StableDiffusionXlPipeline {
                 .push(format!("{name}: {count} keys name nothing in this model, such as {}", lora.unmatched[0]));
         }
         run.weights_id = self.base.weights.borrow().weights_id();
-        Ok(loras)
+        run.loras = loras;
+        Ok(())
     }
 
     /// What the UNet of `parts` is told in a pass over pictures of this size.
     fn encode(&self, run: &mut Run, parts: &ModelParts, size: &SizeCondition) -> Result<Conditions> {
         let (started, uploaded) = (Instant::now(), run.economy.upload.get());
         let (conditions, warnings) = self.with_offload(&run.economy, || {
-            let bring = || self.bring(&run.economy, || parts.text_encoders_in_use(run.context));
-            let mut encoder = PromptEncoder {
-                stages: &parts.text_stages,
-                cache: &mut parts.prompt_cache.borrow_mut(),
-                weights_id: &run.weights_id,
-                files: &run.inputs.textual_inversions,
-                context: run.context,
-                bring: &bring,
-                in_use: None,
-                force_zeros_for_empty_prompt: parts.force_zeros_for_empty_prompt,
-                requires_aesthetics_score: parts.requires_aesthetics_score,
-                kind: self.settings.kind,
-                device: self.settings.device,
-            };
-            let mut warnings = run.warnings.clone();
-            let conditions = encoder.encode(run.params, size, parts.guidance(run.params).is_on(), &mut warnings)?;
-            Ok((conditions, warnings))
+            let bring = || self.bring(&run.economy, || parts.text_encoders_in_use(&run.task.context));
+            self.encode_task(&run.task, parts, &run.weights_id, size, &bring)
         })?;
-        run.warnings = warnings;
+        run.warnings.extend(warnings);
+        run.warnings.dedup();
         let uploading = run.economy.upload.get() - uploaded;
         run.timings.add("encode_prompt", started.elapsed() - uploading);
         Ok(conditions)
     }
 
+    /// Also gives notes for the caller.
+    fn encode_task<'a>(
+        &self,
+        Task { params, inputs, context }: &Task,
+        parts: &ModelParts,
+        weights_id: &str,
+        size: &SizeCondition,
+        bring: &'a dyn Fn() -> Result<InUse<'a>>,
+    ) -> Result<(Conditions, Vec<String>)> {
+        let mut encoder = PromptEncoder {
+            stages: &parts.text_stages,
+            cache: &mut parts.prompt_cache.borrow_mut(),
+            weights_id,
+            files: &inputs.textual_inversions,
+            context,
+            bring,
+            in_use: None,
+            force_zeros_for_empty_prompt: parts.force_zeros_for_empty_prompt,
+            requires_aesthetics_score: parts.requires_aesthetics_score,
+            kind: self.settings.kind,
+            device: self.settings.device,
+        };
+        let mut warnings = Vec::new();
+        let conditions = encoder.encode(params, size, parts.guidance(params).is_on(), &mut warnings)?;
+        Ok((conditions, warnings))
+    }
+
+    /// Brings the next job's prompt into the cache while the device still works on what this job asked of it. A failure is
+    /// that job's, which will meet it again.
+    fn encode_ahead(&self, run: &Run) {
+        if !self.settings.encode_ahead || self.offload.get() != Offload::None {
+            return;
+        }
+        let Some(next) = (self.upcoming)().filter(|next| batch::loras(next) == batch::loras(&run.task)) else { return };
+        let size = SizeCondition { size: [next.params.height, next.params.width], from_picture: false };
+        let bring = || self.base.text_encoders_in_use(&next.context);
+        if let Err(error) = catch(|| self.encode_task(&next, &self.base, &run.weights_id, &size, &bring)) {
+            tracing::debug!(code = error.code, "the next prompt cannot be encoded");
+        }
+    }
+
     /// What the ControlNets make of their maps. The nets are on the device as long as the second part lives.
-    fn controls<'a>(&'a self, run: &Run<'a>, maps: &[RgbImage]) -> Result<(Controls<'a>, Vec<InUse<'a>>)> {
-        let params = run.params;
+    fn controls<'a>(
+        &'a self,
+        task: &'a Task,
+        economy: &Economy,
+        maps: &[RgbImage],
+    ) -> Result<(Controls<'a>, Vec<InUse<'a>>)> {
+        let params = &task.params;
         let nets = params.controls.iter().map(|control| self.controlnets.get(&control.model));
-        let nets = nets.map(|net| self.bring(&run.economy, || net.in_use())).collect::<Result<Vec<_>>>()?;
+        let nets = nets.map(|net| self.bring(economy, || net.in_use())).collect::<Result<Vec<_>>>()?;
         let maps: Vec<Tensor> = maps.iter().map(image_processor::control_map).collect();
         let net = |name: &str| self.controlnets.get(name);
         let new = || Controls::new(&params.controls, params.scale_mode, &maps, net);
-        Ok((self.with_offload(&run.economy, new)?, nets))
-    }
-
-    /// Runs the steps of `pass` with the UNet of `parts`.
-    fn denoise(
-        &self,
-        run: &mut Run,
-        parts: &ModelParts,
-        pass: &mut Pass,
-        conditions: &Conditions,
-        controls: &Controls,
-        start: &Start,
-    ) -> Result<Tensor> {
-        let params = run.params;
-        let guidance = parts.guidance(params);
-        let target = (self.settings.kind, self.settings.device);
-        let show = |latents: &Tensor| {
-            let map = self.preview_map.as_ref().expect("fitted before");
-            preview_data_uri(&map.picture(latents))
-        };
-        let economy = &run.economy;
-        let predict = |inputs: &UNetInputs, forward: &Forward| self.predict(economy, inputs, forward);
-        let width = parts.unet.time_cond_proj_dim;
-        let lead = Lead {
-            conditions,
-            guidance: &guidance,
-            timestep_cond: width.map(|width| guidance_scale_embedding(params.guidance_scale, width, target)),
-            controls,
-            previews: (params.preview_every > 0).then_some(Previews { every: params.preview_every, show: &show }),
-            predict: &predict,
-        };
-        let latents = denoise(&parts.unet, &lead, pass, &mut run.noise, start, &mut run.count, run.context)?;
-        controls.report(&mut run.timings);
-        Ok(latents)
+        Ok((self.with_offload(economy, new)?, nets))
     }
 
     /// A second pass over the enlarged latents of the first.
-    fn hires<'a>(
-        &'a self,
-        run: &mut Run<'a>,
-        hires: &HiresParams,
-        pass: &mut Pass,
-        latents: &Tensor,
-        maps: &[RgbImage],
-    ) -> Result<Tensor> {
-        let start = self.enlarge(run, hires, pass, latents)?;
+    fn hires(&self, run: &mut Run, hires: &HiresParams, pass: Pass, latents: &Tensor) -> Result<Tensor> {
+        let task = run.task.clone();
+        let start = self.enlarge(run, hires, &pass, latents)?;
         let size = SizeCondition { size: [hires.height, hires.width], from_picture: true };
         let conditions = self.encode(run, &self.base, &size)?;
-        let _unet = self.bring(&run.economy, || self.base.unet_in_use(run.context))?;
+        let _unet = self.bring(&run.economy, || self.base.unet_in_use(&task.context))?;
         let started = Instant::now();
-        let (controls, _nets) = self.controls(run, maps)?;
-        let latents = self.denoise(run, &self.base, pass, &conditions, &controls, &start)?;
+        let (controls, _nets) = self.controls(&task, &run.economy, &task.inputs.hires_controls)?;
+        let denoising = self.denoising(run, &self.base, pass, conditions, start);
+        let latents = self.denoise(run, &self.base, &controls, denoising)?;
         run.timings.add("hires", started.elapsed());
         Ok(latents)
     }
 
     /// The refiner's steps, from the base model's latents on. What inpainting keeps is kept by it too.
-    fn refine(&self, run: &mut Run, pass: &mut Pass, latents: Tensor, inpaint: Option<Inpaint>) -> Result<Tensor> {
+    fn refine(&self, run: &mut Run, pass: Pass, latents: Tensor, inpaint: Option<Rc<Inpaint>>) -> Result<Tensor> {
         let refiner = self.refiners.get();
-        let (height, width) = run.params.final_size();
+        let (height, width) = run.task.params.final_size();
         let size = SizeCondition { size: [height, width], from_picture: true };
         let conditions = self.encode(run, refiner, &size)?;
-        let _unet = self.bring(&run.economy, || refiner.unet_in_use(run.context))?;
+        let _unet = self.bring(&run.economy, || refiner.unet_in_use(&run.task.context))?;
         let started = Instant::now();
-        let start = Start { inpaint, ..from_latents(latents, pass, &mut run.noise)? };
-        let latents = self.denoise(run, refiner, pass, &conditions, &Controls::none(), &start)?;
+        let start = Start { inpaint, ..from_latents(latents, &pass, &mut run.noise)? };
+        let denoising = self.denoising(run, refiner, pass, conditions, start);
+        let latents = self.denoise(run, refiner, &Controls::none(), denoising)?;
         run.timings.add("refine", started.elapsed());
         Ok(latents)
     }
 }
 
 impl Pipeline for StableDiffusionXlPipeline {
+    type Running<'a> = batch::Running<'a>;
+
     fn facts(&self) -> ModelFacts {
         self.facts.clone()
     }
 
-    fn generate(&mut self, params: &GenerateParams, inputs: &InputImages, context: &JobContext) -> Result<Generation> {
+    fn foresee(&mut self, upcoming: Upcoming) {
+        self.upcoming = upcoming;
+    }
+
+    fn generate(&mut self, task: &Arc<Task>) -> Result<Generation> {
         let _no_grad = tch::no_grad_guard();
+        let params = &task.params;
         let economy = Economy::new(params.num_images);
         self.plan_memory(params, &economy)?;
         let take = |pipeline: &mut Self, measure| pipeline.take(&economy, measure);
         with_less(self, &OFFLOADS, take, |pipeline| pipeline.require(params))?;
-        self.run(params, inputs, context, economy)
+        self.run(task, economy)
+    }
+
+    fn can_join(&self, task: &Task, group: &[batch::Running<'_>]) -> bool {
+        self.may_join(task, group)
+    }
+
+    fn begin(&self, task: &Arc<Task>) -> Result<batch::Running<'_>> {
+        let _no_grad = tch::no_grad_guard();
+        self.begin_beside_others(task)
+    }
+
+    fn step(&self, group: &mut [batch::Running<'_>]) -> Stepped {
+        let _no_grad = tch::no_grad_guard();
+        self.step_together(group)
+    }
+
+    fn finish(&self, running: batch::Running<'_>) -> Result<Generation> {
+        let _no_grad = tch::no_grad_guard();
+        self.finish_beside_others(running)
     }
 }
 
 impl StableDiffusionXlPipeline {
-    fn run(
-        &self,
-        params: &GenerateParams,
-        inputs: &InputImages,
-        context: &JobContext,
-        economy: Economy,
-    ) -> Result<Generation> {
-        let [mut base, hires, refiner] = self.passes(params)?;
-        let mut run = Run::new(params, inputs, context, economy, [&base, &hires, &refiner])?;
-        let base = base.as_mut().expect("every job has a first pass");
-        let loras = self.apply_loras(&mut run)?;
+    fn run(&self, task: &Arc<Task>, economy: Economy) -> Result<Generation> {
+        let (base, [hires, refiner]) = self.passes(&task.params)?;
+        let later: usize = [&hires, &refiner].into_iter().flatten().map(|pass| pass.steps.len()).sum();
+        let mut run = Run::new(task, economy, base.steps.len() + later)?;
 
-        // 1. encode the prompts
-        let size = SizeCondition { size: [params.height, params.width], from_picture: params.init.is_some() };
-        let conditions = self.encode(&mut run, &self.base, &size)?;
-
-        // 2. the first latents, and what the ControlNets make of their maps
+        // 1. and 2. encode the prompts; the first latents, and what the ControlNets make of their maps
+        let denoising = self.prepare(&mut run, base)?;
+        let inpaint = denoising.inpaint.clone();
         let started = Instant::now();
-        let start = self.start(&mut run, base)?;
-        let (controls, nets) = self.controls(&run, &inputs.controls)?;
+        let (controls, nets) = self.controls(task, &run.economy, &task.inputs.controls)?;
         run.timings.add("prepare", started.elapsed());
 
         // 3. denoise
-        let unet = self.bring(&run.economy, || self.base.unet_in_use(context))?;
+        let unet = self.bring(&run.economy, || self.base.unet_in_use(&task.context))?;
         let started = Instant::now();
-        let mut latents = self.denoise(&mut run, &self.base, base, &conditions, &controls, &start)?;
+        let mut latents = self.denoise(&mut run, &self.base, &controls, denoising)?;
         run.timings.add("denoise", started.elapsed());
         drop((unet, nets));
 
         // 4. once more at a larger size; then the refiner
-        if let (Some(hires), Some(mut pass)) = (&params.hires, hires) {
-            latents = self.hires(&mut run, hires, &mut pass, &latents, &inputs.hires_controls)?;
+        if let (Some(hires), Some(pass)) = (&task.params.hires, hires) {
+            latents = self.hires(&mut run, hires, pass, &latents)?;
         }
-        if let Some(mut pass) = refiner {
-            latents = self.refine(&mut run, &mut pass, latents, start.inpaint)?;
+        if let Some(pass) = refiner {
+            latents = self.refine(&mut run, pass, latents, inpaint)?;
         }
 
         // 5. decode
-        let images = self.decode_all(&mut run, &latents)?;
-        let Run { mut timings, mut warnings, economy, .. } = run;
+        self.conclude(run, &latents)
+    }
+
+    /// The first pass, before its first step.
+    fn prepare(&self, run: &mut Run, pass: Pass) -> Result<Denoising> {
+        let task = run.task.clone();
+        let params = &task.params;
+        if params.preview_every > 0 {
+            self.with_offload(&run.economy, || self.preview_map().map(drop))?;
+        }
+        self.apply_loras(run)?;
+
+        // 1. encode the prompts
+        let size = SizeCondition { size: [params.height, params.width], from_picture: params.init.is_some() };
+        let conditions = self.encode(run, &self.base, &size)?;
+
+        // 2. the first latents
+        let started = Instant::now();
+        let start = self.start(run, &pass)?;
+        run.timings.add("prepare", started.elapsed());
+        Ok(self.denoising(run, &self.base, pass, conditions, start))
+    }
+
+    /// Decodes the last latents, and tells what the job made.
+    fn conclude(&self, mut run: Run, latents: &Tensor) -> Result<Generation> {
+        let images = self.decode_all(&mut run, latents)?;
+        let Run { task, mut timings, mut warnings, economy, loras, .. } = run;
         if !economy.upload.get().is_zero() {
             timings.add("upload", economy.upload.get());
         }
         warnings.extend(economy.warnings());
         warnings.dedup();
         let latents = latents.to_device(Device::Cpu).to_kind(Kind::Float);
-        let scheduler = params.scheduler.unwrap_or(self.facts.default_scheduler);
+        let scheduler = task.params.scheduler.unwrap_or(self.facts.default_scheduler);
         Ok(Generation { images, latents, scheduler, timings, warnings, loras })
     }
 }
 
 /// A job on its way.
-struct Run<'a> {
-    params: &'a GenerateParams,
-    inputs: &'a InputImages,
-    context: &'a JobContext,
+struct Run {
+    task: Arc<Task>,
     noise: NoiseSource,
     count: StepCount,
     timings: Timings,
     warnings: Vec<String>,
     economy: Economy,
+    loras: Vec<LoraReport>,
     /// Names what LoRAs made of the base model's weights.
     weights_id: String,
 }
 
-impl<'a> Run<'a> {
-    fn new(
-        params: &'a GenerateParams,
-        inputs: &'a InputImages,
-        context: &'a JobContext,
-        economy: Economy,
-        passes: [&Option<Pass>; 3],
-    ) -> Result<Self> {
-        let steps = passes.into_iter().flatten().map(|pass| pass.steps.len()).sum();
+impl Run {
+    fn new(task: &Arc<Task>, economy: Economy, steps: usize) -> Result<Self> {
         Ok(Run {
-            params,
-            inputs,
-            context,
-            noise: NoiseSource::new(params.seed, params.num_images as usize)?,
+            noise: NoiseSource::new(task.params.seed, task.params.num_images as usize)?,
             count: StepCount { done: 0, steps, started: Instant::now() },
             timings: Timings::default(),
             warnings: Vec::new(),
             economy,
+            loras: Vec::new(),
             weights_id: String::new(),
+            task: task.clone(),
         })
     }
 }
@@ -544,12 +622,6 @@ impl<'a> Run<'a> {
 /// Whether the VAE overflows in float16.
 fn force_upcast(vae_config: &Value) -> bool {
     vae_config.get("force_upcast").and_then(Value::as_bool).unwrap_or(true)
-}
-
-/// A JPEG: a preview is small and soon gone.
-fn preview_data_uri(picture: &RgbImage) -> String {
-    let bytes = media::encode(picture, OutputFormat::Jpeg, 80, None);
-    bytes.map(|bytes| media::to_data_uri(OutputFormat::Jpeg, &bytes)).unwrap_or_default()
 }
 
 /// The scheduler that the model names.

@@ -100,7 +100,7 @@ impl StableDiffusionXlPipeline {
     }
 
     /// The schedules of a job: the base model's, and those of a second pass and of the refiner.
-    pub(super) fn passes(&self, params: &GenerateParams) -> Result<[Option<Pass>; 3]> {
+    pub(super) fn passes(&self, params: &GenerateParams) -> Result<(Pass, [Option<Pass>; 2])> {
         let options = |steps: usize| StepOptions {
             num_inference_steps: steps,
             eta: params.eta,
@@ -133,7 +133,7 @@ impl StableDiffusionXlPipeline {
             };
             self.pass(self.refiners.get(), params, &options(refiner.num_inference_steps), begin, None)
         });
-        Ok([Some(base), hires.transpose()?, refiner.transpose()?])
+        Ok((base, [hires.transpose()?, refiner.transpose()?]))
     }
 }
 

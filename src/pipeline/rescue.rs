@@ -151,21 +151,8 @@ impl StableDiffusionXlPipeline {
 
 /// Runs `forward` for the rows of each image alone. A batch has one row for each image, with guidance twice.
 fn one_by_one(inputs: &UNetInputs, num_images: i64, forward: &Forward) -> Result<Tensor> {
-    let outputs = (0..num_images).map(|image| {
-        let rows = |tensor: &Tensor| tensor.slice(0, image, None, num_images).contiguous();
-        let [sample, timestep, encoder_hidden_states, text_embeds, time_ids] =
-            [inputs.sample, inputs.timestep, inputs.encoder_hidden_states, inputs.text_embeds, inputs.time_ids]
-                .map(rows);
-        let timestep_cond = inputs.timestep_cond.map(rows);
-        forward(&UNetInputs {
-            sample: &sample,
-            timestep: &timestep,
-            encoder_hidden_states: &encoder_hidden_states,
-            text_embeds: &text_embeds,
-            time_ids: &time_ids,
-            timestep_cond: timestep_cond.as_ref(),
-        })
-    });
+    let outputs = (0..num_images)
+        .map(|image| forward(&inputs.map(|tensor| tensor.slice(0, image, None, num_images).contiguous())));
     // [1 or 2, num_images, 4, h, w]: an image's rows come back to their places
     Ok(Tensor::stack(&outputs.collect::<Result<Vec<_>>>()?, 1).flatten(0, 1))
 }

@@ -65,22 +65,22 @@ fn image_by_image_each_row_meets_its_own_conditions() {
     let random = |size: &[i64]| Tensor::randn(size, (Kind::Float, Device::Cpu));
     for (batch, cond) in [(6, None), (3, None), (3, Some(random(&[3, 4])))] {
         let inputs = UNetInputs {
-            sample: &random(&[batch, 4, 2, 2]),
-            timestep: &random(&[batch]),
-            encoder_hidden_states: &random(&[batch, 7, 4]),
-            text_embeds: &random(&[batch, 4]),
-            time_ids: &random(&[batch, 6]),
-            timestep_cond: cond.as_ref(),
+            sample: random(&[batch, 4, 2, 2]),
+            timestep: random(&[batch]),
+            encoder_hidden_states: random(&[batch, 7, 4]),
+            text_embeds: random(&[batch, 4]),
+            time_ids: random(&[batch, 6]),
+            timestep_cond: cond,
         };
         let rows = Cell::new(0);
         let forward = |inputs: &UNetInputs| {
             rows.set(inputs.sample.size()[0]);
-            let mut row = inputs.text_embeds + inputs.time_ids.narrow(1, 0, 4) * inputs.timestep.unsqueeze(1);
+            let mut row = &inputs.text_embeds + inputs.time_ids.narrow(1, 0, 4) * inputs.timestep.unsqueeze(1);
             row += inputs.encoder_hidden_states.select(1, 2);
-            if let Some(cond) = inputs.timestep_cond {
+            if let Some(cond) = &inputs.timestep_cond {
                 row += cond;
             }
-            Ok(inputs.sample * row.unsqueeze(2).unsqueeze(3))
+            Ok(&inputs.sample * row.unsqueeze(2).unsqueeze(3))
         };
         let whole = forward(&inputs).unwrap();
         let parts = one_by_one(&inputs, 3, &forward).unwrap();

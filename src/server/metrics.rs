@@ -1,6 +1,6 @@
 //! What `/metrics` shows, in the Prometheus text format. Labels are words of our own, never a client's.
 
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use prometheus_client::encoding::text::encode;
@@ -32,6 +32,7 @@ pub(super) struct Metrics {
     phases: Family<Label, Histogram, fn() -> Histogram>,
     gpu_memory: Family<Label, Gauge>,
     engines: Gauge,
+    unet_calls: Family<Label, Counter>,
     cold_start: Family<Label, Seconds>,
 }
 
@@ -54,6 +55,7 @@ impl Metrics {
             phases: Family::new_with_constructor(buckets),
             gpu_memory: Family::default(),
             engines: Gauge::default(),
+            unet_calls: Family::default(),
             cold_start: Family::default(),
         };
         // so that a rate can be computed from the first job on
@@ -68,6 +70,7 @@ impl Metrics {
         registry.register("phase_seconds", "Duration of a job's phases", metrics.phases.clone());
         registry.register("gpu_memory_bytes", "Memory of the GPU", metrics.gpu_memory.clone());
         registry.register("engines", "Devices that take jobs", metrics.engines.clone());
+        registry.register("unet_calls", "UNet calls that jobs may share, by images", metrics.unet_calls.clone());
         registry.register("cold_start_seconds", "Duration of the phases of the start", metrics.cold_start.clone());
         metrics
     }
@@ -99,6 +102,9 @@ impl Metrics {
             }
         }
         self.engines.set(hooks.engines.as_ref().map_or(0, |count| count()) as i64);
+        for (images, calls) in hooks.unet_calls.iter().flat_map(|count| count()) {
+            self.unet_calls.get_or_create(&[("images", images.to_string())]).inner().store(calls, Ordering::Relaxed);
+        }
         for (phase, duration) in hooks.cold_start.iter().flat_map(|read| read()) {
             self.cold_start.get_or_create(&[("phase", phase.into())]).set(duration.as_secs_f64());
         }

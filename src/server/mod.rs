@@ -38,8 +38,8 @@ use crate::error::{Error, ErrorClass, Result};
 use jobs::{Jobs, Mode, Ticket};
 use refusal::Refusal;
 pub use settings::{
-    Boxed, ColdStart, CountEngines, Encode, Finished, GpuMemory, Hooks, PostWebhook, ReadGpuMemory, RunnerState,
-    Settings,
+    Boxed, ColdStart, CountCalls, CountEngines, Encode, Finished, GpuMemory, Hooks, PostWebhook, ReadGpuMemory,
+    RunnerState, Settings,
 };
 pub use wire::Status;
 use wire::{BodyProblem, PurgeReply, RealtimeReply, RealtimeRequest, RequestsReply, RunRequest};

@@ -1,5 +1,6 @@
 //! What whoever starts the server decides, and the things it does not know by itself.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::ops::RangeInclusive;
 use std::pin::Pin;
@@ -113,6 +114,8 @@ pub struct Hooks {
     pub gpu_memory: Option<ReadGpuMemory>,
     /// Read at each `/metrics`: how many devices take jobs.
     pub engines: Option<CountEngines>,
+    /// Read at each `/metrics`: calls of the UNet that jobs may share, by the number of images in them.
+    pub unet_calls: Option<CountCalls>,
     /// Read at each `/metrics`: how long the phases of the start took, those that are over.
     pub cold_start: Option<ColdStart>,
 }
@@ -134,6 +137,8 @@ pub type PostWebhook = Arc<dyn Fn(String, String) -> Boxed<Result<u16>> + Send +
 pub type ReadGpuMemory = Arc<dyn Fn() -> Option<GpuMemory> + Send + Sync>;
 
 pub type CountEngines = Arc<dyn Fn() -> usize + Send + Sync>;
+
+pub type CountCalls = Arc<dyn Fn() -> BTreeMap<usize, u64> + Send + Sync>;
 
 pub type ColdStart = Arc<dyn Fn() -> Vec<(&'static str, Duration)> + Send + Sync>;
 
