@@ -402,7 +402,7 @@ impl StableDiffusionXlPipeline {
         parts: &ModelParts,
         weights_id: &str,
         size: &SizeCondition,
-        bring: &'a dyn Fn() -> Result<InUse<'a>>,
+        bring: &dyn Fn() -> Result<InUse<'a>>,
     ) -> Result<(Conditions, Vec<String>)> {
         let mut encoder = PromptEncoder {
             stages: &parts.text_stages,
@@ -410,7 +410,7 @@ impl StableDiffusionXlPipeline {
             weights_id,
             files: &inputs.textual_inversions,
             context,
-            bring,
+            bring: &|| bring(),
             in_use: None,
             force_zeros_for_empty_prompt: parts.force_zeros_for_empty_prompt,
             requires_aesthetics_score: parts.requires_aesthetics_score,
