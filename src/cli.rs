@@ -189,6 +189,9 @@ pub struct EngineArgs {
     /// Graphs compiled ahead of time: used where they are beside --graphs and fit, or never
     #[arg(long, global = true, env = "AOT", value_enum, default_value_t = Aot::Auto)]
     pub aot: Aot,
+    /// UNet graphs of fewer and larger operations; auto: on CUDA, where they are among the graphs
+    #[arg(long, global = true, env = "FUSED", value_enum, default_value_t = Fused::Auto)]
+    pub fused: Fused,
     /// error, warn, info, debug or trace; also read from RUNPOD_DEBUG_LEVEL
     #[arg(long, global = true, env = "RUNPOD_LOG_LEVEL", alias = "rp_log_level", value_name = "LEVEL",
           default_value_t = LogLevel::Info)]
@@ -606,6 +609,13 @@ pub enum Offload {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Aot {
     Auto,
+    Off,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Fused {
+    Auto,
+    On,
     Off,
 }
 
