@@ -70,3 +70,48 @@ impl Fused {
         self.tensors.clear();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Checkpoint, Weights};
+    use super::*;
+
+    #[test]
+    fn parts_are_rows_of_one_tensor_wherever_they_are_edited() {
+        let folder = tempfile::tempdir().unwrap();
+        let random = |size: &[i64]| Tensor::randn(size, (Kind::Float, Device::Cpu)).to_kind(Kind::BFloat16);
+        let stored = [("q", random(&[4, 3])), ("k", random(&[4, 3])), ("other", random(&[2]))];
+        Tensor::write_safetensors(&stored, folder.path().join("model.safetensors")).unwrap();
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let checkpoint = Checkpoint::open("unet", folder.path(), &[None]).unwrap();
+            let mut weights = Weights::new(checkpoint, Device::Cpu, kind);
+            weights.fuse(&Sources::from([("qk".into(), vec!["q".into(), "k".into()])]));
+            let mut weights = weights.bind_all();
+            let expected = |index: usize| stored[index].1.to_kind(kind);
+            let base = Tensor::cat(&[expected(0), expected(1)], 0);
+            let check_base = |weights: &Weights| {
+                assert_eq!(weights.fused.tensor("qk").unwrap(), &base);
+                for (name, tensor) in &stored {
+                    assert_eq!(weights.parameter(name).unwrap(), tensor.to_kind(kind), "{name}");
+                }
+            };
+            check_base(&weights);
+            assert!(!weights.is_mapped("q"));
+            assert_eq!(weights.is_mapped("other"), kind == Kind::BFloat16);
+
+            let _ = weights.parameter("k").unwrap().fill_(7.0);
+            let whole = weights.fused.tensor("qk").unwrap();
+            assert_eq!(whole.narrow(0, 0, 4), expected(0));
+            assert_eq!(whole.narrow(0, 4, 4), expected(1).full_like(7.0));
+            weights.restore(["k"].into_iter()).unwrap();
+            check_base(&weights);
+
+            weights.set_offload(true);
+            assert!(weights.fused.tensor("qk").is_none());
+            assert!(weights.enter().unwrap());
+            check_base(&weights);
+            let _ = weights.parameter("q").unwrap().fill_(7.0);
+            assert_eq!(weights.fused.tensor("qk").unwrap().narrow(0, 0, 4), expected(0).full_like(7.0));
+        }
+    }
+}
