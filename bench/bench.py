@@ -101,15 +101,15 @@ def sides(
 
 
 def measure(
-    both: tuple[Side, Side], blocks: int, warm_up: int, measured: int, starts: int, gpu: Gpu | None = None
+    sides: tuple[Side, ...], blocks: int, warm_up: int, measured: int, starts: int, gpu: Gpu | None = None
 ) -> None:
     """Alternates: ours, diffusers, ours, diffusers, ..."""
     for block in range(blocks):
-        for side in both:
+        for side in sides:
             side.measure_block(warm_up, measured, gpu)
         print(f"block {block + 1} of {blocks}", file=sys.stderr, flush=True)
     for start in range(starts):
-        for side in both:
+        for side in sides:
             side.measure_start(gpu)
         print(f"start {start + 1} of {starts}", file=sys.stderr, flush=True)
 

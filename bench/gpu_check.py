@@ -1,7 +1,9 @@
 """Ours beside diffusers on an NVIDIA GPU: equal latents, then speed and memory. `bench/gpu.sh` starts it.
 
-    correctness   the worker sees CUDA; latents against diffusers on the same GPU, small model and full size
-    speed         full-size SDXL of random weights: seconds, milliseconds per step, start, memory
+    correctness   the worker sees CUDA; latents against diffusers on the same GPU, small model and full size, with the
+                  plain and with the fused UNet
+    speed         full-size SDXL of random weights: seconds, milliseconds per step, start, memory; the fused UNet (as
+                  is usual on CUDA) and, for comparison, the plain one
 """
 
 from __future__ import annotations
@@ -102,6 +104,10 @@ class Case:
     request: dict[str, object]
     folder: Path
 
+    def flavours(self) -> tuple[str, ...]:
+        """Of the UNet, as far as `bench/pack.sh` brings their graphs: `--fused`."""
+        return ("off",) if self.dtype == "float32" and self.name.startswith("full") else ("off", "on")
+
     def job(self) -> dict[str, object]:
         return {"model": str(self.model), "dtype": self.dtype, "request": self.request, "save": str(self.folder)}
 
@@ -139,37 +145,49 @@ def correctness(setup: Setup, verdicts: Verdicts) -> None:
     with stage("ours against them"):
         for case in cases:
             try:
-                make_ours(setup, case, exact)
+                for fused in case.flavours():
+                    make_ours(setup, case, fused, exact)
             except ProgramFailed as failure:
                 verdicts.check(False, f"{case.name}: {failure}")
                 continue
             compare(case, verdicts)
 
 
-def make_ours(setup: Setup, case: Case, environment: dict[str, str]) -> None:
-    request = case.folder / "request.json"
+def make_ours(setup: Setup, case: Case, fused: str, environment: dict[str, str]) -> None:
+    request, out = case.folder / "request.json", case.folder / f"fused-{fused}"
     request.write_text(json.dumps(case.request))
-    files = ["--model", case.model, "--graphs", setup.graphs, "--input", request, "--output", case.folder / "ours"]
-    command = [setup.worker, "generate", "--quiet", *setup.options(case.dtype), *files]
-    run([*command, "--save-latents", case.folder / "ours.safetensors"], environment=environment)
+    files = ["--model", case.model, "--graphs", setup.graphs, "--input", request, "--output", out]
+    command = [setup.worker, "generate", "--quiet", *setup.options(case.dtype), "--fused", fused, *files]
+    run([*command, "--save-latents", out.with_suffix(".safetensors")], environment=environment)
 
 
 def compare(case: Case, verdicts: Verdicts) -> None:
     latents = {file.stem: load_file(file)["latents"] for file in case.folder.glob("*.safetensors")}
-    ours, eager = latents["ours"], latents["eager"]
+    eager = latents["eager"]
     reference = latents.get("float32", eager)
     control = distance(reference[:1], reference[1:2])
     verdicts.check(control > DIFFERENT, f"{case.name}: two seeds differ by {control:.2g}, so the comparison can fail")
+    for fused in case.flavours():
+        compare_flavour(case, fused, latents[f"fused-{fused}"], eager, reference, verdicts)
+    if len(case.flavours()) > 1:
+        apart = distance(latents["fused-on"], latents["fused-off"])
+        print(f"      {case.name}: latents of the fused UNet and of the plain one differ by {apart:.1e}", flush=True)
+
+
+def compare_flavour(
+    case: Case, fused: str, ours: np.ndarray, eager: np.ndarray, reference: np.ndarray, verdicts: Verdicts
+) -> None:
+    name = f"{case.name}, fused {fused}"
     if case.dtype == "float32":
         error = distance(ours, eager)
-        verdicts.check(error <= FLOAT32_LIMIT, f"{case.name}: latents within {error:.1e} (limit {FLOAT32_LIMIT:g})")
-        worst = max(pixel_difference(case, index) for index in range(len(ours)))
-        verdicts.check(worst <= PIXEL_LIMIT, f"{case.name}: pixels within {worst} of 255 (limit {PIXEL_LIMIT})")
+        verdicts.check(error <= FLOAT32_LIMIT, f"{name}: latents within {error:.1e} (limit {FLOAT32_LIMIT:g})")
+        worst = max(pixel_difference(case, fused, index) for index in range(len(ours)))
+        verdicts.check(worst <= PIXEL_LIMIT, f"{name}: pixels within {worst} of 255 (limit {PIXEL_LIMIT})")
     else:
         own, theirs = distance(ours, reference), distance(eager, reference)
         verdicts.check(
             own <= SIXTEEN_BIT_LIMIT * theirs,
-            f"{case.name}: {own:.2e} from float32, diffusers {theirs:.2e}: "
+            f"{name}: {own:.2e} from float32, diffusers {theirs:.2e}: "
             f"{own / theirs:.3f} times (limit {SIXTEEN_BIT_LIMIT}); from each other {distance(ours, eager):.1e}",
         )
 
@@ -179,11 +197,11 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm((a - b).ravel()) / np.linalg.norm(b.ravel()))
 
 
-def pixel_difference(case: Case, index: int) -> int:
+def pixel_difference(case: Case, fused: str, index: int) -> int:
     seed = case.request["seed"] + index
     ours, eager = (
         np.asarray(Image.open(path).convert("RGB"), dtype=int)
-        for path in (case.folder / "ours" / f"{seed}.png", case.folder / f"eager-{seed}.png")
+        for path in (case.folder / f"fused-{fused}" / f"{seed}.png", case.folder / f"eager-{seed}.png")
     )
     return int(np.abs(ours - eager).max())
 
@@ -201,14 +219,16 @@ def speed(setup: Setup) -> None:
     conditions = machine()
     request = PROMPT | {"width": side, "height": side, "num_inference_steps": steps}
     both = bench.sides(setup.worker, model, setup.graphs, request, setup.scratch, setup.options(dtype))
+    plain, ours = (with_options(both[0], "--fused", fused) for fused in ("off", "on"))
+    theirs = both[1]
     with stage("speed"):
         for file in model.rglob("*.safetensors"):
             read_once(file)
-        bench.measure(both, blocks, warm_up, measured, starts, gpu)
+        bench.measure((ours, plain, theirs), blocks, warm_up, measured, 0, gpu)
+        bench.measure((ours, theirs), 0, warm_up, measured, starts, gpu)
     if gpu:
         clocks.append(gpu.clock())
 
-    ours, theirs = both
     gb = 1e9
     picture = bench.PHASES
 
@@ -237,7 +257,18 @@ def speed(setup: Setup) -> None:
     if gpu:
         source = "the process's own, from the driver" if gpu.per_process else "what the card's use grew by"
         print(f"GPU memory is {source}; SM clock {clocks[0]} MHz before, {clocks[1]} MHz after")
-    print(f"\n{table(rows)}")
+    print(f"\n{table(rows)}\n\nours, by flavour of the UNet:")
+    for name, side in (("fused", ours), ("plain", plain)):
+        band, step = noise_band(side.values(*picture)), side.middle("denoise") * 1000 / steps
+        noise = "" if band is None else f", {band[0]:.3f} to {band[1]:.3f} against itself"
+        print(f"{name}: {side.middle(*picture):.4g} s per image, {step:.4g} ms a step{noise}")
+    print(f"fused / plain: {ours.middle('denoise') / plain.middle('denoise'):.3f} of the time of a step")
+
+
+def with_options(side: bench.Side, *options: str) -> bench.Side:
+    """The same of the worker with further options."""
+    loop, first = ([*command[:2], *options, *command[2:]] for command in (side.loop, side.first))
+    return bench.Side(loop, first, side.pictures)
 
 
 def read_once(file: Path) -> None:

@@ -25,6 +25,7 @@ rm -rf "$carry/models/tiny"
 cp -r models/tiny "$carry/models/tiny"
 $PYTHON torchscript/export.py "${export[@]}" --model models/tiny \
     --dtype float32 --dtype float16 --dtype bfloat16 --out "$carry/graphs"
+$PYTHON torchscript/export.py --model models/tiny --dtype float32 --fused --out "$carry/graphs"
 
 if [ ${#export[@]} -gt 0 ]; then
     rm -rf "$carry/wheels"

@@ -202,6 +202,9 @@ pub struct EngineArgs {
     /// Graphs compiled ahead of time: used where they are beside --graphs and fit, or never
     #[arg(long, global = true, env = "AOT", value_enum, default_value_t = Aot::Auto)]
     pub aot: Aot,
+    /// UNet graphs of fewer and larger operations; auto: on CUDA, where they are among the graphs
+    #[arg(long, global = true, env = "FUSED", value_enum, default_value_t = Switch::Auto)]
+    pub fused: Switch,
     /// error, warn, info, debug or trace; also read from RUNPOD_DEBUG_LEVEL
     #[arg(long, global = true, env = "RUNPOD_LOG_LEVEL", alias = "rp_log_level", value_name = "LEVEL",
           default_value_t = LogLevel::Info)]

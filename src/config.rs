@@ -11,6 +11,7 @@ use crate::device;
 use crate::error::{Error, Result};
 use crate::handler::Adapters;
 use crate::lora;
+use crate::models::Fused;
 use crate::net::{
     AdapterCache, AdapterFiles, AdapterSettings, Bucket, DownloadSettings, Downloader, Guard, GuardSettings, Secret,
     Uploader,
@@ -55,6 +56,11 @@ pub fn settings(arguments: &EngineArgs, devices: &[Device]) -> Result<Vec<Settin
         model: model(arguments)?,
         graphs: graphs(arguments)?,
         aot: arguments.aot == cli::Aot::Auto,
+        fused: match arguments.fused {
+            cli::Switch::Auto => Fused::Auto,
+            cli::Switch::On => Fused::On,
+            cli::Switch::Off => Fused::Off,
+        },
         device: Device::Cpu,
         neighbours: 0,
         kind: arguments.dtype.map_or_else(|| device::default_dtype(devices), kind),

@@ -1,6 +1,7 @@
 """Options and the built things that all Python tests share. Run from the project's root, after `make build`."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -70,3 +71,16 @@ def make_test_models() -> dict[str, Path]:
     chosen = [argument for folder in wanted for argument in ("--model", folder)]
     python(ROOT / "torchscript" / "export.py", *chosen, "--dtype", "float32", "--out", graphs)
     return models | {"graphs": graphs}
+
+
+@pytest.fixture(scope="session")
+def fused_graphs(test_models) -> Path:
+    """The same graphs, and the fused flavour of the two models' UNets."""
+    folder = TEST_MODELS / "fused"
+    with FileLock(TEST_MODELS / "fused.lock"):
+        own, others = (graphs / "manifest.json" for graphs in (folder, test_models["graphs"]))
+        if not own.exists() or own.stat().st_mtime < others.stat().st_mtime:
+            shutil.copytree(others.parent, folder, dirs_exist_ok=True)
+        chosen = [argument for name in ("default", "second") for argument in ("--model", test_models[name] / "unet")]
+        python(ROOT / "torchscript" / "export.py", *chosen, "--fused", "--out", folder)
+    return folder

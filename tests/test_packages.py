@@ -100,6 +100,23 @@ def test_a_lora_acts_on_a_package(worker, test_models, packages, tmp_path):
     assert relative(changed[0][0], plain[0]) > MUST_MOVE
 
 
+def test_a_package_computes_with_the_rows_of_fused_weights(worker, test_models, fused_graphs, copied, tmp_path):
+    """They are those of the graph, as a LoRA shows."""
+    manifest, fused = (json.loads((graphs / "manifest.json").read_text()) for graphs in (copied, fused_graphs))
+    own = {entry["file"] for entry in manifest["graphs"]}
+    manifest["graphs"] += [entry for entry in fused["graphs"] if entry["file"] not in own]
+    shutil.copytree(fused_graphs, copied, dirs_exist_ok=True)
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    lora(tmp_path, "ink", seed=1)
+    options = ("--lora-dir", tmp_path, "--fused", "on")
+    plain = both(worker, test_models["default"], copied, tmp_path / "plain", *options)
+    agree(*plain)
+    assert plain[0][2].count("compiled graph loaded") == 2
+    changed = both(worker, test_models["default"], copied, tmp_path / "ink", *options, loras=[{"name": "ink"}])
+    agree(*changed)
+    assert relative(changed[0][0], plain[0][0]) > MUST_MOVE
+
+
 def other_checkpoint(model: Path, folder: Path) -> Path:
     """The same architecture with other weights, all of them, in a file whose tensors lie at odd multiples of 4 bytes."""
     copy = Path(shutil.copytree(model, folder / "other"))

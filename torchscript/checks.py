@@ -20,6 +20,9 @@ SIZES = (
     Size(1, 6, 5, conditions=2),
 )
 
+# How far the outputs of a graph may be from the eager module's, where it need not be exact; relative to their norm.
+ROUNDING = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}
+
 # Operators that make a tensor from nothing: where they put it was decided by the machine that traced.
 FACTORIES = {"arange", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "scalar_tensor", "tensor", "zeros"}
 
@@ -54,7 +57,7 @@ def weightless(data: bytes) -> None:
 
 def equals_eager(kind: type[Graph], config: Config, dtype: str) -> None:
     """On a small configuration with random weights, the saved and loaded graph answers what the library's own module
-    answers, to the bit, at sizes and batches that were not traced."""
+    answers, to the bit (or up to rounding), at sizes and batches that were not traced."""
     torch.manual_seed(0)
     small = kind.shrink(config)
     reference = kind.eager(small).eval().requires_grad_(False)
@@ -63,7 +66,7 @@ def equals_eager(kind: type[Graph], config: Config, dtype: str) -> None:
             parameter.normal_(std=0.1)
     reference = reference.to(getattr(torch, dtype))
     traced = trace(kind, small, dtype)
-    fill(traced, {kind.hub_name(name): parameter for name, parameter in reference.named_parameters()})
+    fill(kind, traced, {kind.hub_name(name): parameter for name, parameter in reference.named_parameters()})
     graph = torch.jit.load(io.BytesIO(packed(traced)), map_location="cpu")
     # Optimizing a graph for a single call takes longer than the call.
     with torch.no_grad(), torch.jit.optimized_execution(False):
@@ -73,10 +76,11 @@ def equals_eager(kind: type[Graph], config: Config, dtype: str) -> None:
                 outputs = graph(*inputs)
             except RuntimeError as error:
                 raise ExportError(f"{size}: the graph cannot run at this size: {error}") from error
-            same(outputs, kind.reference(reference, *inputs), str(size))
+            limit = 0.0 if kind.exact else ROUNDING[dtype]
+            same(outputs, kind.reference(reference, *inputs), str(size), limit)
 
 
-def same(actual: Tensors, expected: Tensors, where: str) -> None:
+def same(actual: Tensors, expected: Tensors, where: str, limit: float) -> None:
     if len(actual) != len(expected):
         raise ExportError(f"{where}: {len(actual)} outputs, eager has {len(expected)}")
     for index, (ours, theirs) in enumerate(zip(actual, expected)):
@@ -84,9 +88,9 @@ def same(actual: Tensors, expected: Tensors, where: str) -> None:
             raise ExportError(
                 f"{where}: output {index} is {ours.dtype}{list(ours.shape)}, eager {theirs.dtype}{list(theirs.shape)}"
             )
-        if not torch.equal(ours, theirs):
-            difference = (ours.double() - theirs.double()).abs().max().item()
-            raise ExportError(f"{where}: output {index} differs from eager by up to {difference:.3g}")
+        difference = (ours.double() - theirs.double()).abs()
+        if not torch.equal(ours, theirs) and not difference.norm() <= limit * theirs.double().norm():
+            raise ExportError(f"{where}: output {index} differs from eager by up to {difference.max():.3g}")
 
 
 def defaults(kind: type[Graph]) -> None:

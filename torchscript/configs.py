@@ -130,6 +130,10 @@ COMPONENTS: dict[str, tuple[str, ...]] = {
     "AutoencoderKL": ("vae_decoder", "vae_encoder"),
 }
 
+# The same with fewer and larger operations, for CUDA, which computes in 16 bits: a set of these dtypes has them, a float32
+# one where that is asked for.
+FUSED: dict[str, tuple[str, ...]] = {"UNet2DConditionModel": ("unet_fused", "unet_control_fused")}
+
 # Graphs that a 16-bit set needs in float32 too: `force_upcast`, and the second try after a NaN.
 ALSO_FLOAT32 = ("vae_decoder", "vae_encoder")
 
@@ -237,14 +241,16 @@ def is_union(folder: Path, config: Config) -> bool:
     return False
 
 
-def jobs(models: list[tuple[str, Config]], dtypes: list[str]) -> list[Job]:
-    """Every graph the models need in these dtypes, each once."""
+def jobs(models: list[tuple[str, Config]], dtypes: list[str], fused: bool = False) -> list[Job]:
+    """Every graph the models need in these dtypes, each once; with `fused` that flavour in float32 too."""
     found: dict[str, Job] = {}
     for class_name, raw in models:
         config = shaping(class_name, raw)
-        for component in COMPONENTS[class_name]:
-            wanted = [*dtypes, "float32"] if component in ALSO_FLOAT32 else dtypes
-            for dtype in wanted:
+        wanted = {name: [*dtypes, "float32"] if name in ALSO_FLOAT32 else dtypes for name in COMPONENTS[class_name]}
+        for name in FUSED.get(class_name, ()):
+            wanted[name] = [dtype for dtype in dtypes if fused or dtype != "float32"]
+        for component, its_dtypes in wanted.items():
+            for dtype in its_dtypes:
                 job = Job(component, class_name, config, dtype)
                 found.setdefault(job.file, job)
     return list(found.values())

@@ -39,6 +39,8 @@ def export(job: Job, out: Path) -> int:
     checks.weightless(data)
 
     manifest.write_atomically(out / job.file, data)
+    parameters = {name: list(parameter.shape) for name, parameter in traced.named_parameters()}
+    fused = {name: kind.sources(name) for name in parameters if kind.sources(name) != [name]}
     entry = {
         "file": job.file,
         "component": job.component,
@@ -48,7 +50,8 @@ def export(job: Job, out: Path) -> int:
         "defaults": SHAPE_KEYS[job.class_name],
         "inputs": [vars(port) for port in kind.inputs(job.config, job.dtype)],
         "outputs": [vars(port) for port in kind.outputs(job.config, job.dtype)],
-        "parameters": {name: list(parameter.shape) for name, parameter in traced.named_parameters()},
+        "parameters": parameters,
+        **({"fused": fused} if fused else {}),
         **manifest.versions(),
         "source": manifest.source_hash(),
     }
@@ -98,6 +101,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="may be repeated; float32 when not given")
     parser.add_argument("--out", type=Path, required=True, metavar="G", help="folder of graphs and manifest.json")
     parser.add_argument(
+        "--fused", action="store_true", help="the fused UNet graphs in float32 too; 16-bit sets have them anyway"
+    )
+    parser.add_argument(
         "--aot",
         type=size,
         action="append",
@@ -118,7 +124,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> None:
     folders = [ARCHS / name for name in options.arch] + options.model
     models = [model for folder in folders for model in read_model(folder)]
-    wanted = jobs(models, options.dtype or ["float32"])
+    wanted = jobs(models, options.dtype or ["float32"], options.fused)
     options.out.mkdir(parents=True, exist_ok=True)
     entries = manifest.load(options.out)
     missing = [job for job in wanted if options.force or not manifest.is_current(options.out, entries, job)]

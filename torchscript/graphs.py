@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 
 import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.controlnets.controlnet_union import ControlNetUnionModel
@@ -82,12 +84,36 @@ class BufferedTimesteps(nn.Module):
                 setattr(module, name, cls(child))
 
 
+class TwoProducts(nn.Module):
+    """diffusers' `GEGLU` as two products with the two halves of its projection's rows. The original makes one product and
+    reads its halves, which do not lie in one piece."""
+
+    def __init__(self, original: GEGLU) -> None:
+        super().__init__()
+        self.proj = original.proj
+        self.gelu = original.gelu
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        weight, gate_weight = self.proj.weight.chunk(2)
+        bias, gate_bias = (None, None) if self.proj.bias is None else self.proj.bias.chunk(2)
+        gate = nn.functional.linear(hidden_states, gate_weight, gate_bias)
+        return nn.functional.linear(hidden_states, weight, bias) * self.gelu(gate)
+
+    @classmethod
+    def replace_in(cls, module: nn.Module) -> None:
+        for parent in list(module.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, GEGLU):
+                    setattr(parent, name, cls(child))
+
+
 class Graph(nn.Module):
     """Base of the kinds. An instance wraps one eager module and is what gets traced."""
 
     component: str
     class_name: str
     defaults_of: type  # whose constructor has the defaults of the configuration's keys
+    exact = True  # equal to the eager module to the bit; else up to rounding
 
     def __init__(self, module: nn.Module) -> None:
         """Wraps a module that `eager` made (and may change it)."""
@@ -116,6 +142,11 @@ class Graph(nn.Module):
     def hub_name(cls, name: str) -> str:
         """The Hub's name of a parameter of the eager module."""
         return name
+
+    @classmethod
+    def sources(cls, name: str) -> list[str]:
+        """The Hub's parameters that a parameter of the graph is made of: equal shares of its rows, in this order."""
+        return [name]
 
     @classmethod
     def inputs(cls, config: Config, dtype: str) -> list[Port]:
@@ -369,6 +400,35 @@ class UNetControl(UNet):
     @classmethod
     def inputs(cls, config: Config, dtype: str) -> list[Port]:
         return [*super().inputs(config, dtype), *cls.residuals(config, dtype)]
+
+
+class UNetFused(UNet):
+    """The same step with fewer and larger operations: one product for the projections of an attention's input, and a gate
+    that lies in one piece."""
+
+    component = "unet_fused"
+    exact = False  # a product of another size may round otherwise
+
+    def __init__(self, module: UNet2DConditionModel) -> None:
+        module.fuse_qkv_projections()
+        for attention in module.modules():
+            if isinstance(attention, Attention):
+                del attention.to_k, attention.to_v
+                if not attention.is_cross_attention:
+                    del attention.to_q
+        TwoProducts.replace_in(module)
+        super().__init__(module)
+
+    @classmethod
+    def sources(cls, name: str) -> list[str]:
+        for fused, parts in {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}.items():
+            if f".{fused}." in name:
+                return [name.replace(f".{fused}.", f".{part}.") for part in parts]
+        return [name]
+
+
+class UNetControlFused(UNetFused, UNetControl):
+    component = "unet_control_fused"
 
 
 class ControlNet(Denoiser):
@@ -659,6 +719,8 @@ KINDS: dict[str, type[Graph]] = {
         TextEncoder2Masked,
         UNet,
         UNetControl,
+        UNetFused,
+        UNetControlFused,
         ControlNetEmbed,
         ControlNet,
         ControlNetUnionEmbed,

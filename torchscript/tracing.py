@@ -72,16 +72,20 @@ def trace(kind: type[Graph], config: Config, dtype: str) -> torch.jit.ScriptModu
                 rename_dtype(module.graph, run_in, dtype)
     if run_in != dtype:
         zero = torch.zeros((), dtype=getattr(torch, dtype))
-        fill(traced, {name: zero.expand(value.shape) for name, value in traced.named_parameters()})
+        for parameter in traced.parameters():
+            parameter.data = zero.expand(parameter.shape)
     return traced
 
 
-def fill(traced: torch.jit.ScriptModule, values: Mapping[str, Tensor]) -> None:
-    """Gives every parameter its tensor, by name."""
+def fill(kind: type[Graph], traced: torch.jit.ScriptModule, values: Mapping[str, Tensor]) -> None:
+    """Gives every parameter its tensor, by the Hub's names."""
     for name, parameter in traced.named_parameters():
-        if name not in values:
-            raise ExportError(f"parameter {name} has no counterpart under the Hub's names")
-        parameter.data = values[name].data
+        sources = kind.sources(name)
+        missing = [source for source in sources if source not in values]
+        if missing:
+            raise ExportError(f"parameter {missing[0]} has no counterpart under the Hub's names")
+        tensors = [values[source].data for source in sources]
+        parameter.data = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def rename_dtype(graph: torch._C.Graph, old: str, new: str) -> None:

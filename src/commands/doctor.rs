@@ -40,7 +40,8 @@ pub fn doctor(arguments: &EngineArgs, options: &DoctorArgs) -> Result<()> {
         let seconds = started.elapsed().as_secs_f64();
         let (width, height) = (facts.default_width, facts.default_height);
         let scheduler = facts.default_scheduler.name();
-        Ok(format!("{path}: all weights bound on {target} in {seconds:.2} s; {width}x{height}, {scheduler}"))
+        let unet = if pipeline.is_fused() { "fused UNet" } else { "plain UNet" };
+        Ok(format!("{path}: all weights bound on {target} in {seconds:.2} s; {width}x{height}, {scheduler}, {unet}"))
     };
     let models = match settings {
         // one after the other, each on its device

@@ -77,7 +77,7 @@ impl CompiledModule {
         let mut packages = Vec::new();
         let entries = graphs.packages().iter().filter(made_for_this);
         for entry in entries.filter(|_| weights.stay()) {
-            match entry.load(graphs.dir(), device, &module) {
+            match entry.load(graphs.dir(), device, &module, weights) {
                 Ok(package) => {
                     tracing::info!(file = entry.file, "compiled graph loaded");
                     let shapes = entry.inputs.iter().map(|input| input.shape.clone()).collect();
@@ -119,12 +119,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl PackageEntry {
-    fn load(&self, dir: &Path, device: Device, module: &Module) -> anyhow::Result<Package> {
+    fn load(&self, dir: &Path, device: Device, module: &Module, weights: &Weights) -> anyhow::Result<Package> {
         let path = dir.join(&self.file);
         // It is native code: what has changed on its way would not fail, but do anything.
         let bytes = fs::read(&path).context("cannot be read")?;
         ensure!(hex(&Sha256::digest(&bytes)) == self.sha256, "it is not the file that the manifest describes");
-        let mut tensors = module.named_parameters()?;
+        // a package is compiled of the plain graph
+        let mut tensors = weights.unfused(module.named_parameters()?);
         tensors.extend(module.named_buffers()?);
         Package::load(&path, device, &tensors)
     }

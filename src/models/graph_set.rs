@@ -1,6 +1,6 @@
 //! A folder of weightless graphs and the `manifest.json` that says what each was traced for.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -11,6 +11,7 @@ use super::compiled::PackageEntry;
 use super::dtype_name;
 use crate::error::{Error, Result};
 use crate::torch::Module;
+use crate::weights::Sources;
 
 /// The manifest format that this version reads.
 const FORMAT: u64 = 1;
@@ -41,6 +42,9 @@ pub struct GraphEntry {
     defaults: Map<String, Value>,
     inputs: Vec<Slot>,
     parameters: BTreeMap<String, Vec<i64>>,
+    /// Those that hold several of the checkpoint's.
+    #[serde(default)]
+    fused: Sources,
 }
 
 /// An input of a graph.
@@ -95,8 +99,9 @@ impl GraphSet {
             None => "there is none for this component".into(),
         };
         let (dir, model) = (self.dir.display(), model.display());
+        let fused = if component.ends_with("_fused") { " --fused" } else { "" };
         Err(Error::setup("no_matching_graph", format!("no graph in {dir} fits {component} of {model}: {why}"))
-            .remedy(format!("run: python torchscript/export.py --model {model} --dtype {dtype} --out {dir}")))
+            .remedy(format!("run: python torchscript/export.py --model {model} --dtype {dtype}{fused} --out {dir}")))
     }
 
     /// Loads a graph onto `device`, still without weights, and checks it against its entry.
@@ -114,6 +119,9 @@ impl GraphSet {
             && parameters.iter().all(|(name, tensor)| entry.parameters.get(name) == Some(&tensor.size()));
         if !agrees {
             return Err(invalid("its parameters are not those in the manifest".into()));
+        }
+        if !entry.fuses_equal_shares() {
+            return Err(invalid("the manifest does not say what its parameters are fused of".into()));
         }
         // A buffer is the graph's own table; one left on another device means the graph is pinned to where it was traced.
         if let Some((name, _)) = module.named_buffers()?.iter().find(|(_, t)| t.device() != device) {
@@ -145,6 +153,21 @@ impl GraphEntry {
 
     pub fn has_parameter(&self, name: &str) -> bool {
         self.parameters.contains_key(name)
+    }
+
+    pub(super) fn fused(&self) -> &Sources {
+        &self.fused
+    }
+
+    /// Whether each fused parameter has rows for its sources, and each source is in one place only.
+    fn fuses_equal_shares(&self) -> bool {
+        let mut seen = BTreeSet::new();
+        let mut is_new = |source: &String| !self.parameters.contains_key(source) && seen.insert(source.clone());
+        self.fused.iter().all(|(name, sources)| {
+            let rows = self.parameters.get(name).and_then(|shape| shape.first());
+            let shares = rows.is_some_and(|rows| !sources.is_empty() && rows % sources.len() as i64 == 0);
+            shares && sources.iter().all(&mut is_new)
+        })
     }
 
     /// # Errors

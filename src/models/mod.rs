@@ -14,7 +14,7 @@ pub use graph_set::GraphSet;
 pub use model_dir::ModelDir;
 pub use replay::keep_captured_calls;
 pub use text_encoder::{TextEncoder, TextEncoderOutput};
-pub use unet::{Residuals, UNet, UNetInputs};
+pub use unet::{Fused, Residuals, UNet, UNetInputs};
 pub use vae::{LatentDistribution, Vae, VaeEncoder};
 
 use tch::Kind;

@@ -10,11 +10,21 @@ use super::replay::ReplayedModule;
 use crate::error::{Error, Result};
 use crate::weights::Weights;
 
+/// Whether the UNet runs graphs of fewer and larger operations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fused {
+    /// On CUDA, where they are in the set.
+    Auto,
+    On,
+    Off,
+}
+
 /// `UNet2DConditionModel` with SDXL's added conditions.
 pub struct UNet {
     module: ReplayedModule,
     /// The same UNet with a ControlNet's residuals as further inputs, on the same tensors.
     control: Option<ReplayedModule>,
+    pub is_fused: bool,
     /// Of the latents, and for inpainting of the mask and the masked picture's latents too.
     pub in_channels: i64,
     /// Latent height and width that the model was trained for.
@@ -103,6 +113,7 @@ impl UNet {
         model: &Path,
         (kind, device): (Kind, Device),
         with_control: bool,
+        fused: Fused,
     ) -> Result<(Self, Weights)> {
         let in_channels = integer(config, "in_channels", 4);
         if ![4, 9].contains(&in_channels) {
@@ -112,13 +123,32 @@ impl UNet {
         let time_cond_proj_dim = config.get("time_cond_proj_dim").and_then(Value::as_i64);
         let mut inputs = INPUTS.to_vec();
         inputs.extend(time_cond_proj_dim.map(|_| "timestep_cond"));
-        let entry = graphs.find("unet", kind, config, model)?;
+        let wants_fused = fused == Fused::On || fused == Fused::Auto && device.is_cuda();
+        // they share their weights, so both are of one flavour
+        let names = match wants_fused {
+            true => ["unet_fused", "unet_control_fused"],
+            false => ["unet", "unet_control"],
+        };
+        let find = |[plain, control]: [&str; 2]| -> Result<_> {
+            let control = with_control.then(|| graphs.find(control, kind, config, model)).transpose()?;
+            Ok((graphs.find(plain, kind, config, model)?, control))
+        };
+        let (entry, control_entry) = match find(names) {
+            Err(missing) if wants_fused && fused == Fused::Auto => {
+                tracing::info!(
+                    reason = missing.message,
+                    "no fused graphs of the UNet; the plain ones take their place"
+                );
+                find(["unet", "unet_control"])?
+            }
+            found => found?,
+        };
+        weights.fuse(entry.fused());
         entry.expect_inputs(&inputs)?;
         let module = graphs.load(entry, device)?;
         weights.bind(&module, |name| entry.has_parameter(name))?;
         let module = CompiledModule::load(graphs, "unet", config, module, &mut weights, (kind, device));
-        let control = if with_control {
-            let entry = graphs.find("unet_control", kind, config, model)?;
+        let control = if let Some(entry) = control_entry {
             entry.expect_first_inputs(&inputs)?;
             let module = graphs.load(entry, device)?;
             weights.bind(&module, |name| entry.has_parameter(name))?;
@@ -129,6 +159,7 @@ impl UNet {
         let unet = UNet {
             module: ReplayedModule::new(module),
             control,
+            is_fused: !entry.fused().is_empty(),
             in_channels,
             sample_size: integer(config, "sample_size", 128),
             addition_time_embed_dim: integer(config, "addition_time_embed_dim", 256),

@@ -34,7 +34,7 @@ use crate::context::JobContext;
 use crate::error::{Error, Result};
 use crate::fault::catch;
 use crate::lora;
-use crate::models::{GraphSet, ModelDir, Vae, VaeEncoder, keep_captured_calls};
+use crate::models::{Fused, GraphSet, ModelDir, Vae, VaeEncoder, keep_captured_calls};
 use crate::schedulers::{NoiseSource, SchedulerConfig};
 use crate::weights::InUse;
 use control::Controls;
@@ -57,6 +57,7 @@ pub struct Settings {
     pub graphs: PathBuf,
     /// Use graphs that were compiled ahead of time, where they fit.
     pub aot: bool,
+    pub fused: Fused,
     pub device: Device,
     /// Other engines on the same device, with which its memory is shared.
     pub neighbours: usize,
@@ -303,6 +304,11 @@ impl StableDiffusionXlPipeline {
             preview_map: OnceCell::new(),
             settings,
         })
+    }
+
+    /// Whether the UNet runs its fused graphs.
+    pub fn is_fused(&self) -> bool {
+        self.base.unet.is_fused
     }
 
     /// Loads what this job needs beyond text to image.

@@ -48,7 +48,9 @@ impl ModelParts {
             let text_stages: Vec<_> = encoders.map(load).collect();
             let _no_grad = tch::no_grad_guard();
             let unet = weights(settings, model, "unet", settings.kind)
-                .and_then(|weights| UNet::load(graphs, &unet_config, weights, model.path(), target, with_control))
+                .and_then(|weights| {
+                    UNet::load(graphs, &unet_config, weights, model.path(), target, with_control, settings.fused)
+                })
                 .map(|unet| (unet, started.elapsed()));
             let join = |thread: std::thread::ScopedJoinHandle<_>| thread.join().expect("loading does not panic");
             (text_stages.into_iter().map(join).collect::<Result<Vec<_>>>(), unet)

@@ -110,26 +110,19 @@ impl Weights {
     /// Bytes that the weights take on the device when they are there. On the CPU those that are the mapped file itself
     /// take none.
     pub(crate) fn device_bytes(&self) -> u64 {
-        let mapped = |name: &str| self.device == Device::Cpu && self.checkpoint.kind(name) == Some(self.kind);
+        let is_file = |name: &str| self.checkpoint.kind(name) == Some(self.kind) && !self.fused.is_part(name);
+        let mapped = |name: &str| self.device == Device::Cpu && is_file(name);
         let own = self.loaded.iter().filter(|(name, _)| !mapped(name));
         own.map(|(_, tensor)| (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64).sum()
     }
 
     fn upload(&mut self) -> Result<()> {
-        let names: Vec<String> = self.loaded.keys().cloned().collect();
-        if self.device == Device::Cpu {
-            for name in names {
-                let tensor = self.read(&name)?;
-                self.loaded.insert(name, tensor);
-            }
-        } else {
-            self.send(names)?;
-        }
-        for (name, parameter) in &mut self.bound {
-            parameter.f_set_data(&self.loaded[name]).map_err(anyhow::Error::from)?;
-        }
         self.here = true;
-        Ok(())
+        self.load(self.loaded.keys().cloned().collect())?;
+        let mut bound = std::mem::take(&mut self.bound);
+        let result = bound.iter_mut().try_for_each(|(name, parameter)| self.bind_parameter(name, parameter));
+        self.bound = bound;
+        result
     }
 
     /// Runs while memory is short or a panic unwinds: what fails is logged.
@@ -150,6 +143,7 @@ impl Weights {
         for tensor in self.loaded.values_mut() {
             *tensor = self.stub.f_expand(tensor.size(), false).map_err(anyhow::Error::from)?;
         }
+        self.fused.clear();
         Ok(())
     }
 }

@@ -1,6 +1,7 @@
 //! Files to tensors: safetensors checkpoints in the Hub's layout, mapped and bound to graphs by name.
 
 mod checkpoint;
+mod fused;
 mod home;
 mod restore;
 mod safetensors;
@@ -15,6 +16,8 @@ use crate::error::{Error, Result};
 use crate::torch::Module;
 
 pub use checkpoint::{Checkpoint, read_ahead};
+use fused::Fused;
+pub use fused::Sources;
 pub(crate) use home::{InUse, in_use, unbind};
 pub(crate) use safetensors::MappedFile;
 
@@ -24,8 +27,10 @@ pub struct Weights {
     checkpoint: Checkpoint,
     device: Device,
     kind: Kind,
-    /// By parameter name; as long as they are away each is the stub, seen as the tensor's shape.
+    /// By the checkpoint's parameter name; as long as they are away each is the stub, seen as the tensor's shape.
     loaded: HashMap<String, Tensor>,
+    /// Some of these are rows of one tensor.
+    fused: Fused,
     /// The graphs' own parameters.
     bound: Vec<(String, Tensor)>,
     /// One element on the device.
@@ -49,6 +54,7 @@ impl Weights {
             device,
             kind,
             loaded,
+            fused: Fused::default(),
             bound,
             stub,
             offload: false,
@@ -59,7 +65,12 @@ impl Weights {
         }
     }
 
-    /// Binds each parameter of `module` to the checkpoint's tensor of that name.
+    /// The graphs hold several parameters in one. To be said before the first is bound.
+    pub(crate) fn fuse(&mut self, sources: &Sources) {
+        self.fused = Fused::new(sources);
+    }
+
+    /// Binds each parameter of `module` to the checkpoint's tensor of that name, or to those it is fused of.
     ///
     /// # Errors
     /// `weights_mismatch` lists what is missing, mis-shaped, or in the file but in none of `known`: the parameter names
@@ -67,32 +78,57 @@ impl Weights {
     pub fn bind<'a>(&mut self, module: &Module, known: impl Fn(&str) -> bool + 'a) -> Result<()> {
         let started = Instant::now();
         let mut parameters = module.named_parameters()?;
-        let (mut missing, mut mis_shaped) = (Vec::new(), Vec::new());
+        let (mut missing, mut mis_shaped, mut new) = (Vec::new(), Vec::new(), Vec::new());
         for (name, parameter) in &parameters {
-            match self.checkpoint.shape(name) {
-                None => missing.push(name.clone()),
-                Some(shape) if shape != parameter.size() => {
-                    mis_shaped.push(format!("{name} is {shape:?}, the graph wants {:?}", parameter.size()));
+            let sources = self.fused.sources(name);
+            let mut wanted = parameter.size();
+            if let Some(rows) = wanted.first_mut() {
+                *rows /= sources.len() as i64;
+            }
+            for source in sources {
+                match self.checkpoint.shape(source) {
+                    None => missing.push(source.to_owned()),
+                    Some(shape) if shape != wanted => {
+                        mis_shaped.push(format!("{source} is {shape:?}, the graph wants {wanted:?}"));
+                    }
+                    Some(_) if !self.loaded.contains_key(source) => new.push(source.to_owned()),
+                    Some(_) => {}
                 }
-                Some(_) => {}
             }
         }
-        let unexpected: Vec<String> = self.checkpoint.names().filter(|name| !known(name)).map(str::to_owned).collect();
+        let is_known = |name: &&str| self.fused.graph_name(name).is_some_and(&known);
+        let unexpected = self.checkpoint.names().filter(|name| !is_known(name)).map(str::to_owned).collect();
         let found = [("missing", missing), ("unexpected", unexpected), ("mis-shaped", mis_shaped)];
         if found.iter().any(|(_, names)| !names.is_empty()) {
             return Err(mismatch(&self.checkpoint, found));
         }
-        if self.here && self.device != Device::Cpu {
-            let names: Vec<&str> = parameters.iter().map(|(name, _)| name.as_str()).collect();
-            self.send(names.into_iter().filter(|name| !self.loaded.contains_key(*name)).map(str::to_owned).collect())?;
-        }
+        self.load(new)?;
         for (name, parameter) in &mut parameters {
-            let tensor = self.tensor(name)?;
-            parameter.f_set_data(&tensor).map_err(anyhow::Error::from)?;
+            self.bind_parameter(name, parameter)?;
         }
         self.bound.append(&mut parameters);
         self.bind_time += started.elapsed();
         Ok(())
+    }
+
+    fn bind_parameter(&self, name: &str, parameter: &mut Tensor) -> Result<()> {
+        if !self.here {
+            return unbind(parameter, &self.stub);
+        }
+        let tensor = self.fused.tensor(name).unwrap_or_else(|| &self.loaded[name]);
+        Ok(parameter.f_set_data(tensor).map_err(anyhow::Error::from)?)
+    }
+
+    /// These parameters of a graph under the checkpoint's names.
+    pub(crate) fn unfused(&self, parameters: Vec<(String, Tensor)>) -> Vec<(String, Tensor)> {
+        let parts = |(name, tensor): (String, Tensor)| match self.fused.tensor(&name) {
+            None => vec![(name, tensor)],
+            Some(_) => {
+                let own = |source: &str| (source.to_owned(), self.loaded[source].shallow_clone());
+                self.fused.sources(&name).into_iter().map(own).collect()
+            }
+        };
+        parameters.into_iter().flat_map(parts).collect()
     }
 
     /// How long it took to bring the weights to where they are.
@@ -105,25 +141,31 @@ impl Weights {
         self.loaded.values().map(|tensor| (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64).sum()
     }
 
-    fn tensor(&mut self, name: &str) -> Result<Tensor> {
-        if let Some(tensor) = self.loaded.get(name) {
-            return Ok(tensor.shallow_clone());
+    /// Brings these to where the graphs compute, or stubs of them while the weights are away.
+    fn load(&mut self, names: Vec<String>) -> Result<()> {
+        let mut targets = Vec::with_capacity(names.len());
+        for name in names {
+            let shape = self.checkpoint.shape(&name).unwrap_or_default();
+            let target = (self.kind, self.device);
+            let tensor = match self.here {
+                false => self.stub.f_expand(shape, false).map_err(anyhow::Error::from)?,
+                true => match (self.fused.rows(&name, shape, target)?, self.device) {
+                    (None, Device::Cpu) => self.read(&name)?,
+                    (Some(mut rows), Device::Cpu) => {
+                        rows.f_copy_(&self.read(&name)?).map_err(anyhow::Error::from)?;
+                        rows
+                    }
+                    // all memory belongs to the usual stream, so that it can be used again for anything
+                    (None, _) => Tensor::f_empty(shape, target).map_err(anyhow::Error::from)?,
+                    (Some(rows), _) => rows,
+                },
+            };
+            targets.push((name, tensor));
         }
-        let tensor = if self.here {
-            self.read(name)?
-        } else {
-            let shape = self.checkpoint.shape(name).unwrap_or_default();
-            self.stub.f_expand(shape, false).map_err(anyhow::Error::from)?
-        };
-        self.loaded.insert(name.to_owned(), tensor.shallow_clone());
-        Ok(tensor)
-    }
-
-    /// Brings these to the device side by side.
-    fn send(&mut self, names: Vec<String>) -> Result<()> {
-        let names = names.iter().map(String::as_str);
-        let sent = upload::upload(&self.checkpoint, names, self.device, self.kind, &upload::PINNED)?;
-        self.loaded.extend(sent);
+        if self.here && self.device != Device::Cpu {
+            targets = upload::upload(&self.checkpoint, targets, &upload::PINNED)?;
+        }
+        self.loaded.extend(targets);
         Ok(())
     }
 

@@ -44,9 +44,7 @@ impl Weights {
     /// Binds everything that the checkpoint has, as graphs would.
     pub(crate) fn bind_all(mut self) -> Self {
         let names: Vec<String> = self.checkpoint.names().map(str::to_owned).collect();
-        for name in names {
-            let _ = self.tensor(&name).expect("the checkpoint is whole");
-        }
+        self.load(names).expect("the checkpoint is whole");
         self
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
 use super::Checkpoint;
 use crate::error::Result;
@@ -22,43 +22,40 @@ pub(super) struct Lanes {
 /// 144 MB of pinned memory: pinning costs time too.
 pub(super) const PINNED: Lanes = Lanes { count: 3, buffers: 3, buffer_bytes: 16 << 20 };
 
-/// These parameters in `kind` on `device`. A tensor that is stored in another dtype is converted before it is sent: never
-/// are two copies of it on the device.
-pub(super) fn upload<'a>(
+/// Fills tensors on a device with the parameters of these names. What is stored in another dtype is converted before it is
+/// sent: never are two copies of it on the device.
+pub(super) fn upload(
     checkpoint: &Checkpoint,
-    names: impl Iterator<Item = &'a str>,
-    device: Device,
-    kind: Kind,
+    mut targets: Vec<(String, Tensor)>,
     lanes: &Lanes,
 ) -> Result<Vec<(String, Tensor)>> {
-    let mut names: Vec<&str> = names.collect();
-    names.sort_by_key(|name| checkpoint.position(name));
-    // all memory belongs to the usual stream, so that it can be used again for anything
-    let shape = |name: &&str| checkpoint.shape(name).expect("the names are the checkpoint's");
-    let targets = names.iter().map(|name| Tensor::f_empty(shape(name), (kind, device)));
-    let targets = targets.collect::<Result<Vec<_>, _>>().map_err(anyhow::Error::from)?;
-    let work: Vec<Mutex<Tensor>> = targets.into_iter().map(Mutex::new).collect();
+    let Some((_, first)) = targets.first() else { return Ok(targets) };
+    let (device, kind) = (first.device(), first.kind());
+    targets.sort_by_key(|(name, _)| checkpoint.position(name));
+    let work: Vec<Mutex<(String, Tensor)>> = targets.into_iter().map(Mutex::new).collect();
     let next = AtomicUsize::new(0);
     let send = || -> Result<()> {
         let _no_grad = tch::no_grad_guard();
         let mut lane = Lane::new(device, lanes.buffer_bytes, lanes.buffers)?;
         loop {
             let index = next.fetch_add(1, Ordering::Relaxed);
-            let (Some(name), Some(target)) = (names.get(index), work.get(index)) else { return Ok(lane.finish()?) };
+            let Some(target) = work.get(index) else { return Ok(lane.finish()?) };
+            let (name, target) = &mut *target.lock().expect("one thread has it");
             let source = checkpoint.tensor(name)?.f_to_kind(kind).map_err(anyhow::Error::from)?;
-            lane.copy(&mut target.lock().expect("one thread has it"), &source)?;
+            lane.copy(target, &source)?;
         }
     };
     thread::scope(|scope| {
         let threads: Vec<_> = (0..lanes.count).map(|_| scope.spawn(send)).collect();
         threads.into_iter().try_for_each(|thread| thread.join().expect("sending does not panic"))
     })?;
-    let tensors = work.into_iter().map(|tensor| tensor.into_inner().expect("nobody panicked"));
-    Ok(names.into_iter().map(str::to_owned).zip(tensors).collect())
+    Ok(work.into_iter().map(|target| target.into_inner().expect("nobody panicked")).collect())
 }
 
 #[cfg(test)]
 mod tests {
+    use tch::{Device, Kind};
+
     use super::*;
 
     #[test]
@@ -72,7 +69,8 @@ mod tests {
         let checkpoint = Checkpoint::open("unet", folder.path(), &[None]).unwrap();
         for kind in [Kind::Float, Kind::BFloat16] {
             let lanes = Lanes { count: 4, buffers: 2, buffer_bytes: 64 };
-            let arrived = upload(&checkpoint, checkpoint.names(), Device::Cpu, kind, &lanes).unwrap();
+            let empty = |(name, tensor): &(String, Tensor)| (name.clone(), tensor.empty_like().to_kind(kind));
+            let arrived = upload(&checkpoint, tensors.iter().map(empty).collect(), &lanes).unwrap();
             assert_eq!(arrived.len(), tensors.len());
             for (name, tensor) in &arrived {
                 let stored = &tensors.iter().find(|(stored, _)| stored == name).unwrap().1;

@@ -107,7 +107,7 @@ def test_a_graph_answers_as_its_entry_says_and_carries_the_hubs_names(model, com
     folder = test_models["default"].parent / model
     values = weights(folder if component.startswith("controlnet") else folder / FOLDERS.get(component, component))
     assert parameters.keys() <= values.keys()
-    tracing.fill(graph, values)
+    tracing.fill(KINDS[component], graph, values)
     size = Size(3, 5, 6, conditions=4)
     inputs = []
     for port in entry["inputs"]:
@@ -394,7 +394,7 @@ def test_a_graph_that_differs_from_the_eager_module_is_refused(kind, config, fau
 def test_a_graph_that_carries_weights_is_refused():
     traced = tracing.trace(VaeDecoder, VAE, "float32")
     checks.weightless(tracing.packed(traced))
-    tracing.fill(traced, dict(VaeDecoder.eager(VAE).named_parameters()))
+    tracing.fill(VaeDecoder, traced, dict(VaeDecoder.eager(VAE).named_parameters()))
     with pytest.raises(ExportError, match="stores .* elements"):
         checks.weightless(tracing.packed(traced))
 
