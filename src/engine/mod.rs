@@ -43,7 +43,7 @@ impl Job {
     /// Answers, unless the job ends the engine.
     fn end(self, result: Result<Generation>) -> Result<(), Lost> {
         match result {
-            Err(error) if error.class == ErrorClass::DeviceLost => Err(Lost { error, jobs: vec![self] }),
+            Err(error) if error.class == ErrorClass::DeviceLost => Err(Lost { error: error.into(), jobs: vec![self] }),
             result => {
                 if result.as_ref().is_err_and(|error| error.class == ErrorClass::OutOfMemory) {
                     torch::empty_cache().ok();
@@ -57,7 +57,7 @@ impl Job {
 
 /// The device is gone, and with it these jobs.
 struct Lost {
-    error: Error,
+    error: Box<Error>,
     jobs: Vec<Job>,
 }
 
