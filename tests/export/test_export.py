@@ -497,11 +497,12 @@ def test_the_whole_of_sdxl_is_exported(dtype, tmp_path):
     _, status, usage = os.wait4(subprocess.Popen(command).pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     made = [entry for entry in entries(tmp_path) if entry["dtype"] == dtype]
-    assert {entry["component"] for entry in made} == SET_32
+    fused = set() if dtype == "float32" else {"unet_fused", "unet_control_fused"}
+    assert {entry["component"] for entry in made} == SET_32 | fused
     counts = {entry["component"]: len(entry["parameters"]) for entry in made}
     assert (counts["unet"], counts["text_encoder"], counts["text_encoder_2"]) == (1680, 196, 517)
     assert counts["vae_decoder"] + counts["vae_encoder"] == 248
-    assert sum((tmp_path / entry["file"]).stat().st_size for entry in made) < 15_000_000
+    assert sum((tmp_path / entry["file"]).stat().st_size for entry in made) < (20_000_000 if fused else 15_000_000)
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     assert peak < 3_000_000_000
 
@@ -523,4 +524,5 @@ def test_the_whole_of_sdxl_is_exported(dtype, tmp_path):
 def test_every_architecture_is_exported(arch, tensors, tmp_path):
     command = [sys.executable, export.__file__, "--arch", arch, "--dtype", "float16", "--out", str(tmp_path)]
     subprocess.run(command, check=True)
-    assert len(set().union(*(entry["parameters"] for entry in entries(tmp_path)))) == tensors
+    plain = [entry["parameters"] for entry in entries(tmp_path) if "fused" not in entry]
+    assert len(set().union(*plain)) == tensors
