@@ -211,7 +211,7 @@ def overhead_rows(plan: Plan) -> list[Row]:
 
 
 def lora_rows(plan: Plan) -> list[Row]:
-    return [lora_swap.row_of_its_own(["--repeat", str(plan.changes)])]
+    return [lora_swap.row_of_its_own([*plan.options[-2:], "--repeat", str(plan.changes)])]
 
 
 def control_requests(scratch: Path) -> dict[str, tuple[dict[str, object], list[str]]]:
@@ -286,12 +286,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer repeats: shows that it works, not how fast")
     parser.add_argument("--rows", default=",".join(names), help="which; all of them are %(default)s")
+    parser.add_argument("--threads", type=int, default=threads(), help="1 where others use the machine (%(default)s)")
     arguments = parser.parse_args()
     wanted = set(arguments.rows.split(","))
     if unknown := wanted - set(names):
         parser.error(f"no such rows: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
 
-    options = ["--device", "cpu", "--dtype", "float32", "--threads", str(threads())]
+    options = ["--device", "cpu", "--dtype", "float32", "--threads", str(arguments.threads)]
     plan = Plan(options, 2, 1, 3, 2, 1, 1, 2, 2) if arguments.quick else Plan(options)
     conditions = machine()
     rows = loop_rows(plan, wanted) if wanted & set(LOOP) else []
@@ -299,10 +300,10 @@ def main() -> None:
         rows += section(plan) if name in wanted else []
     print(heading(WORKER, conditions))
     print(
-        f"models/tiny, 128x128, 25 steps, Euler, CFG 5, float32 on the CPU; {plan.blocks} blocks of {plan.measured} "
+        f"models/tiny, 128x128, 25 steps, Euler, CFG 5, float32 on the CPU, {arguments.threads} threads; {plan.blocks} blocks of {plan.measured} "
         f"images after {plan.warm_up} warm-ups, {plan.starts} starts; medians. Requests: 1 step without guidance. LoRA: "
         f"an SDXL of fewer blocks.\nControlNets: 512x512, {CONTROL_STEPS} steps; each side is a ratio of its own two "
-        f"step times. `bench/bench.py{' --quick' * arguments.quick} --rows {arguments.rows}`\n"
+        f"step times. `{' '.join(['bench/bench.py', *sys.argv[1:]])}`\n"
     )
     print(table(rows))
     if noisy(rows):

@@ -24,7 +24,7 @@ from measure import ROOT, WORKER, Command, Row, ask, export, noise_band, random_
 
 REQUEST = {"prompt": "a fox", "width": 64, "height": 64, "num_inference_steps": 1, "guidance_scale": 1, "seed": 1}
 FEWER = {
-    "unet": {"transformer_layers_per_block": [1, 1, 1]},
+    "unet": {"transformer_layers_per_block": [1, 1, 1], "sample_size": 16},  # and a warm-up at 128x128
     "text_encoder": {"num_hidden_layers": 2},
     "text_encoder_2": {"num_hidden_layers": 2},
 }

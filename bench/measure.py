@@ -166,7 +166,7 @@ class Gpu:
 
 @contextmanager
 def serving(worker: Path, options: Command) -> Iterator[str]:
-    """The address of `sdxl-worker serve`, which ends with the block."""
+    """The address of `sdxl-worker serve`, which has loaded its model and ends with the block."""
     command = [os.fspath(part) for part in (worker, "serve", "--port", "0", *options)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
@@ -178,7 +178,10 @@ def serving(worker: Path, options: Command) -> Iterator[str]:
         else:
             raise ProgramFailed(f"failed with status {process.wait()}: {' '.join(command)}\n{''.join(lines)}")
         threading.Thread(target=process.stderr.read, daemon=True).start()  # or its log would fill the pipe
-        yield line.split()[-1]
+        address = line.split()[-1]
+        while process.poll() is None and urllib.request.urlopen(f"{address}/ping").status != 200:
+            time.sleep(0.1)
+        yield address
     finally:
         process.terminate()
         process.wait()
@@ -261,7 +264,7 @@ class Row:
             self.name,
             f"{digits(self.ours)} {self.unit}",
             "" if self.peer is None else f"{digits(self.peer)} {self.unit}",
-            "" if ratio is None else f"{ratio:.2f}",
+            "" if ratio is None else f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.3f}",
             limit(self.bar),
             limit(self.aim),
             "" if self.noise is None else f"{self.noise[0]:.2f} to {self.noise[1]:.2f}",
@@ -289,7 +292,7 @@ def machine() -> str:
     cpu = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     name = cpu[1] if cpu else platform.machine()
-    return f"{name}, {threads()} threads, {memory:.0f} GiB, load {os.getloadavg()[0]:.1f}"
+    return f"{name}, {threads()} cores, {memory:.0f} GiB, load {os.getloadavg()[0]:.1f}"
 
 
 def threads() -> int:
