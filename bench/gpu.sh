@@ -43,7 +43,7 @@ fi
 export LIBTORCH
 export HF_HUB_OFFLINE=1
 
-if [ -d "$carry/wheels" ] && ! "$python" -c 'import diffusers' 2>/dev/null; then
+if [ -d "$carry/wheels" ] && ! "$python" -c 'import diffusers, peft' 2>/dev/null; then
     site=$PWD/target/bench/site
     rm -rf "$site"
     "$python" -m pip install --quiet --no-index --no-deps --target "$site" "$carry"/wheels/*.whl

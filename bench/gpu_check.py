@@ -16,16 +16,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 from PIL import Image
 from safetensors.numpy import load_file
 
 import bench
-from measure import ROOT, Gpu, ProgramFailed, Row, machine, noise_band, run, table, threads, versions
+import lora_swap
+from measure import (
+    ROOT, Gpu, ProgramFailed, Row, heading, machine, noise_band, random_checkpoint, read_once, run, table, threads,
+)
 
 HERE = Path(__file__).parent
 PROMPT = {name: bench.REQUEST[name] for name in ("prompt", "negative_prompt", "guidance_scale", "seed")}
@@ -64,12 +65,8 @@ class Setup:
 
     def full_size(self) -> Path:
         """The full-size checkpoint of random weights, made when it is not there; in a dry run one of the tiny shape."""
-        script, out = HERE / "random_checkpoint.py", self.scratch / ("random-tiny" if self.dry else "random-sdxl")
-        if not out.is_dir() or out.stat().st_mtime < script.stat().st_mtime:
-            arch = self.tiny if self.dry else "sdxl"
-            command = [sys.executable, script, "--arch", arch, "--dtype", "bfloat16", "--out", out]
-            print(*run([*command, "--device", self.device]).lines, sep="\n", flush=True)
-        return out
+        out = self.scratch / ("random-tiny" if self.dry else "random-sdxl")
+        return random_checkpoint(out, self.tiny if self.dry else "sdxl", device=self.device)
 
 
 class Verdicts:
@@ -224,10 +221,13 @@ def speed(setup: Setup) -> None:
     with stage("speed"):
         for file in model.rglob("*.safetensors"):
             read_once(file)
-        bench.measure((ours, plain, theirs), blocks, warm_up, measured, 0, gpu)
-        bench.measure((ours, theirs), 0, warm_up, measured, starts, gpu)
+        bench.measure_blocks((ours, plain, theirs), blocks, warm_up, measured, gpu)
+        bench.measure_starts((ours, theirs), starts, gpu)
     if gpu:
         clocks.append(gpu.clock())
+    with stage("LoRA swap"):
+        files = ["--worker", setup.worker, "--model", model, "--graphs", setup.graphs]
+        swap = lora_swap.row_of_its_own([*files, *setup.options(dtype), "--repeat", "1" if setup.dry else "5"])
 
     gb = 1e9
     picture = bench.PHASES
@@ -240,15 +240,14 @@ def speed(setup: Setup) -> None:
         row("seconds per image", "s", picture, noise=True),
         row("one step", "ms", ("denoise",), 1000 / steps, noise=True),
         row("VAE decode to pixels", "ms", ("decode",), 1000),
-        Row("process start to first image", "s", median(ours.starts), median(theirs.starts),
-            noise=noise_band([[seconds] for seconds in ours.starts])),
-        Row("peak host memory (RssAnon + RssShmem)", "GB", ours.peaks.private / gb, theirs.peaks.private / gb),
-        Row("the same, files mapped included (VmHWM)", "GB", ours.peaks.resident / gb, theirs.peaks.resident / gb),
-    ]  # fmt: skip
+        bench.cpu_row("host processor time (user + system) per step", *both, steps),
+        bench.start_row("process start to first image", *both),
+        *bench.memory_rows(ours.peaks, theirs.peaks),
+    ]
     if gpu:
         rows.append(Row("peak GPU memory", "GB", ours.peaks.gpu / gb, theirs.peaks.gpu / gb))
-    print(f"\n{date.today()}: {describe_gpu() if gpu else 'no GPU'}; {conditions}")
-    print(versions(setup.worker))
+    rows.append(swap)
+    print(f"\n{heading(setup.worker, f'{describe_gpu()}; {conditions}' if gpu else conditions)}")
     print(
         f"{'tiny' if setup.dry else 'full-size SDXL'}, random weights, {side}x{side}, {steps} steps, Euler, CFG 5, "
         f"{dtype} with the VAE; {blocks} blocks of {measured} images after {warm_up} warm-ups, {starts} starts with "
@@ -269,13 +268,6 @@ def with_options(side: bench.Side, *options: str) -> bench.Side:
     """The same of the worker with further options."""
     loop, first = ([*command[:2], *options, *command[2:]] for command in (side.loop, side.first))
     return bench.Side(loop, first, side.pictures)
-
-
-def read_once(file: Path) -> None:
-    """Brings a file into the page cache."""
-    with file.open("rb") as stream:
-        while stream.read(2**24):
-            pass
 
 
 def describe_gpu() -> str:

@@ -1,34 +1,54 @@
-"""How long it takes to change the LoRA of a full-size model: ours, and diffusers with peft, in one run.
+"""How long it takes to change the LoRA of a model: ours, and diffusers with peft, in one run.
 
-    .venv/bin/python bench/random_checkpoint.py --arch sdxl --dtype bfloat16 --out target/full-size/model
-    .venv/bin/python torchscript/export.py --arch sdxl --dtype bfloat16 --out target/full-size/graphs
+    .venv/bin/python bench/lora_swap.py                 a reduced model, made in target/bench/lora; below 2 minutes
     .venv/bin/python bench/lora_swap.py --model target/full-size/model --graphs target/full-size/graphs [--device cuda]
 
-Two files of rank 32 for every attention projection of the UNet take turns. Ours is what the reply says of it (load,
-restore, fuse); diffusers' is `unfuse_lora`, `unload_lora_weights`, `load_lora_weights` and `fuse_lora`.
+Two files for every attention projection of the UNet take turns. Ours is what the reply says of it (load, restore,
+fuse); diffusers' is `unfuse_lora`, `unload_lora_weights`, `load_lora_weights` and `fuse_lora`. The reduced model has
+SDXL's widths and one transformer block wherever SDXL has 1, 2 or 10, so 88 projections instead of 560.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
+import shutil
+import sys
 import tempfile
 import time
-import urllib.request
 from pathlib import Path
+from statistics import median
+from typing import Any
 
-import torch
-from safetensors.torch import save_file
+from measure import ROOT, WORKER, Command, Row, ask, export, noise_band, random_checkpoint, run, serving, table
 
-ROOT = Path(__file__).resolve().parent.parent
 REQUEST = {"prompt": "a fox", "width": 64, "height": 64, "num_inference_steps": 1, "guidance_scale": 1, "seed": 1}
+FEWER = {
+    "unet": {"transformer_layers_per_block": [1, 1, 1], "sample_size": 16},  # and a warm-up at 128x128
+    "text_encoder": {"num_hidden_layers": 2},
+    "text_encoder_2": {"num_hidden_layers": 2},
+}
+
+Changes = list[dict[str, float]]  # of each change the seconds of its phases
 
 
-def write_lora(model: Path, path: Path, rank: int, seed: int, dtype: torch.dtype) -> int:
+def reduced(scratch: Path, dtype: str) -> tuple[Path, Path]:
+    """The reduced model and its graphs."""
+    configs = scratch / "configs"
+    shutil.copytree(ROOT / "torchscript" / "archs" / "sdxl", configs, dirs_exist_ok=True)
+    for component, changed in FEWER.items():
+        file = configs / component / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    return random_checkpoint(scratch / "model", configs, dtype), export(
+        scratch / "graphs", "--model", configs, "--dtype", dtype
+    )
+
+
+def write_lora(model: Path, path: Path, rank: int, seed: int, dtype: str) -> int:
     """A LoRA in diffusers' names; gives the number of projections."""
+    import torch
     from diffusers import UNet2DConditionModel
+    from safetensors.torch import save_file
 
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(json.loads((model / "unet" / "config.json").read_text()))
@@ -38,41 +58,36 @@ def write_lora(model: Path, path: Path, rank: int, seed: int, dtype: torch.dtype
         if name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
             out, wide = module.weight.shape
             for part, shape in (("lora_A", (rank, wide)), ("lora_B", (out, rank))):
-                tensors[f"unet.{name}.{part}.weight"] = (torch.randn(shape, generator=generator) * 0.01).to(dtype)
+                values = torch.randn(shape, generator=generator) * 0.01
+                tensors[f"unet.{name}.{part}.weight"] = values.to(getattr(torch, dtype))
     save_file(tensors, path)
     return len(tensors) // 2
 
 
-def ours(options: argparse.Namespace, folder: Path, names: list[str]) -> list[dict[str, float]]:
-    command = [ROOT / "target/release/sdxl-worker", "serve", "--port", "0", "--model", options.model]
-    command += ["--graphs", options.graphs, "--dtype", options.dtype, "--device", options.device, "--lora-dir", folder]
-    process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    address = next(line for line in process.stderr if line.startswith("listening on")).split()[-1]
-    timings = []
-    for name in names:
-        body = json.dumps({"input": REQUEST | {"loras": [{"name": name}]}}).encode()
-        request = urllib.request.Request(f"{address}/runsync?wait=300000", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request) as response:
-            answer = json.load(response)
-        assert answer["status"] == "COMPLETED", answer
-        timings.append({key: ms / 1000 for key, ms in answer["output"]["timings"].items() if key.startswith("lora_")})
-    process.terminate()
-    process.wait()
-    return timings
+def ours(options: argparse.Namespace, folder: Path, names: list[str]) -> Changes:
+    command = ["--model", options.model, "--graphs", options.graphs, "--lora-dir", folder]
+    command += ["--dtype", options.dtype, "--device", options.device]
+    command += ["--threads", str(options.threads)] if options.threads else []
+    changes = []
+    with serving(options.worker, command) as address:
+        for name in names:
+            timings = ask(address, REQUEST | {"loras": [{"name": name}]})[0]["timings"]
+            changes.append({key: ms / 1000 for key, ms in timings.items() if key.startswith("lora_")})
+    return changes
 
 
-def theirs(options: argparse.Namespace, folder: Path, names: list[str]) -> list[dict[str, float]]:
-    from diffusers import StableDiffusionXLPipeline
+def theirs(options: argparse.Namespace, folder: Path, names: list[str]) -> Changes:
+    import torch
+    from reference import load
 
-    dtype = getattr(torch, options.dtype)
-    pipeline = StableDiffusionXLPipeline.from_pretrained(options.model, torch_dtype=dtype).to(options.device)
-    timings = []
+    pipeline = load(str(options.model), options.dtype, options.device, options.threads)
+    changes = []
     for index, name in enumerate(names):
         phases = {}
 
-        def timed(phase: str, work) -> None:
+        def timed(phase: str, work: Any, *arguments: Any, **keywords: Any) -> None:
             started = time.perf_counter()
-            work()
+            work(*arguments, **keywords)
             if options.device != "cpu":
                 torch.cuda.synchronize()
             phases[phase] = time.perf_counter() - started
@@ -80,38 +95,63 @@ def theirs(options: argparse.Namespace, folder: Path, names: list[str]) -> list[
         if index:
             timed("unfuse", pipeline.unfuse_lora)
             timed("unload", pipeline.unload_lora_weights)
-        timed("load", lambda: pipeline.load_lora_weights(folder, weight_name=f"{name}.safetensors"))
+        timed("load", pipeline.load_lora_weights, folder, weight_name=f"{name}.safetensors")
         timed("fuse", pipeline.fuse_lora)
-        timings.append(phases)
-    return timings
+        changes.append(phases)
+    return changes
 
 
-def report(side: str, timings: list[dict[str, float]]) -> float:
-    """Without the first, which takes nothing out."""
-    phases = {key: statistics.median(each.get(key, 0.0) for each in timings[1:]) for key in timings[-1]}
-    total = statistics.median(sum(each.values()) for each in timings[1:])
-    print(f"{side}: {total:.2f} s per change;", ", ".join(f"{key} {seconds:.2f}" for key, seconds in phases.items()), flush=True)
-    return total
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Each side's changes, without the first, which takes nothing out."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for seed, stem in enumerate("ab"):
+            projections = write_lora(options.model, folder / f"{stem}.safetensors", options.rank, seed, options.dtype)
+        names = ["ab"[index % 2] for index in range(options.repeat + 1)]
+        return {
+            "what": f"LoRA swap, {projections} projections, rank {options.rank}, {options.device} {options.dtype}",
+            "ours": ours(options, folder, names)[1:],
+            "diffusers": theirs(options, folder, names)[1:],
+        }
+
+
+def row(measured: dict[str, Any]) -> Row:
+    totals = {side: [sum(each.values()) for each in measured[side]] for side in ("ours", "diffusers")}
+    band = noise_band([[seconds] for seconds in totals["ours"]])
+    return Row(measured["what"], "s", median(totals["ours"]), median(totals["diffusers"]), 0.10, 0.03, band)
+
+
+def row_of_its_own(options: Command) -> Row:
+    """The row, measured in a process that may grow."""
+    return row(json.loads(run([sys.executable, __file__, "--json", *options]).lines[-1]))
+
+
+def phases(changes: Changes) -> str:
+    return ", ".join(f"{key} {median(each.get(key, 0) for each in changes):.3f} s" for key in changes[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--graphs", type=Path, required=True)
+    parser.add_argument("--worker", type=Path, default=WORKER, help="the program")
+    parser.add_argument("--model", type=Path, help="the reduced one when not given")
+    parser.add_argument("--graphs", type=Path)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--repeat", type=int, default=5, help="changes that are measured")
+    parser.add_argument("--json", action="store_true", help="print what was measured as a line of JSON")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        for seed, name in enumerate("ab"):
-            path = Path(folder) / f"{name}.safetensors"
-            count = write_lora(options.model, path, options.rank, seed, getattr(torch, options.dtype))
-        print(f"{count} projections, rank {options.rank}, {path.stat().st_size / 1e6:.0f} MB a file", flush=True)
-        names = ["ab"[index % 2] for index in range(options.repeat + 1)]
-        mine = report("ours", ours(options, Path(folder), names))
-        other = report("diffusers", theirs(options, Path(folder), names))
-    print(f"ratio {mine / other:.2f}")
+    if (options.model is None) != (options.graphs is None):
+        parser.error("--model and --graphs go together")
+    if options.model is None:
+        options.model, options.graphs = reduced(ROOT / "target" / "bench" / "lora", options.dtype)
+    measured = measure(options)
+    if options.json:
+        print(json.dumps(measured))
+    else:
+        print(f"{table([row(measured)])}\n\nours: {phases(measured['ours'])}")
+        print(f"diffusers: {phases(measured['diffusers'])}")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,28 @@
-"""Running a program while watching its time and memory, and the table of what came out. Needs nothing but Python."""
+"""Running a program while watching its time, memory and reads, and the table of what came out. Needs nothing but
+Python."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
 import subprocess
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import date
 from importlib import metadata
 from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
+WORKER = ROOT / "target" / "release" / "sdxl-worker"
 INTERVAL = 0.01  # seconds between two looks at a process
 GPU_INTERVAL = 0.1
 
@@ -46,13 +53,25 @@ class Peaks:
 
 @dataclass
 class Run:
-    """A finished process: its lines on stdout, the seconds from its start to each, and its peaks."""
+    """A finished process: its lines on stdout, the seconds from its start to each, the processor's seconds it had used
+    by then, its peaks, and what it had read from the disk by when (seconds, bytes)."""
 
     lines: list[str] = field(default_factory=list)
     at: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    reads: list[tuple[float, int]] = field(default_factory=list)
     errors: str = ""
     status: int = 0
     peaks: Peaks = field(default_factory=Peaks)
+
+    def read_rate(self) -> float:
+        """Bytes per second from the first hundredth of what it read to the last; 0 when that is too quick to see."""
+        total = self.reads[-1][1] if self.reads else 0
+        inner = [(seconds, read) for seconds, read in self.reads if total / 100 <= read <= total * 99 / 100]
+        if len(inner) < 2:
+            return 0
+        (start, first), (end, last) = inner[0], inner[-1]
+        return (last - first) / (end - start)
 
 
 def run(command: Command, gpu: Gpu | None = None, environment: dict[str, str] | None = None, check: bool = True) -> Run:
@@ -65,7 +84,7 @@ def run(command: Command, gpu: Gpu | None = None, environment: dict[str, str] | 
             stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ | (environment or {}),
         )  # fmt: skip
         ended = threading.Event()
-        watchers = [threading.Thread(target=watch_host, args=(process.pid, result.peaks, ended))]
+        watchers = [threading.Thread(target=watch_host, args=(process.pid, result, started, ended))]
         if gpu:
             watchers.append(threading.Thread(target=gpu.watch, args=(process.pid, result.peaks, ended)))
         for watcher in watchers:
@@ -73,6 +92,7 @@ def run(command: Command, gpu: Gpu | None = None, environment: dict[str, str] | 
         try:
             for line in process.stdout:
                 result.at.append(time.perf_counter() - started)
+                result.cpu.append(cpu_seconds(process.pid))
                 result.lines.append(line.rstrip("\n"))
             result.status = process.wait()
         finally:
@@ -89,14 +109,23 @@ def run(command: Command, gpu: Gpu | None = None, environment: dict[str, str] | 
     return result
 
 
-def watch_host(pid: int, peaks: Peaks, ended: threading.Event) -> None:
+def watch_host(pid: int, result: Run, started: float, ended: threading.Event) -> None:
     while not ended.wait(INTERVAL):
         try:
-            status = Path(f"/proc/{pid}/status").read_text()
+            status, io = (Path(f"/proc/{pid}/{name}").read_text() for name in ("status", "io"))
         except OSError:
             return
         sizes = {key: int(kilobytes) * 1024 for key, kilobytes in re.findall(r"^(\w+):\s+(\d+) kB$", status, re.M)}
-        peaks.include(Peaks(sizes.get("RssAnon", 0) + sizes.get("RssShmem", 0), sizes.get("VmHWM", 0)))
+        result.peaks.include(Peaks(sizes.get("RssAnon", 0) + sizes.get("RssShmem", 0), sizes.get("VmHWM", 0)))
+        read = int(re.search(r"^read_bytes: (\d+)", io, re.M)[1])
+        if read > (result.reads[-1][1] if result.reads else 0):
+            result.reads.append((time.perf_counter() - started, read))
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of all threads so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class Gpu:
@@ -132,6 +161,72 @@ class Gpu:
         return self.nvml.nvmlDeviceGetClockInfo(self.device, self.nvml.NVML_CLOCK_SM)
 
 
+# --- A server --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def serving(worker: Path, options: Command) -> Iterator[str]:
+    """The address of `sdxl-worker serve`, which has loaded its model and ends with the block."""
+    command = [os.fspath(part) for part in (worker, "serve", "--port", "0", *options)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        lines: list[str] = []
+        for line in process.stderr:
+            lines.append(line)
+            if line.startswith("listening on"):
+                break
+        else:
+            raise ProgramFailed(f"failed with status {process.wait()}: {' '.join(command)}\n{''.join(lines)}")
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # or its log would fill the pipe
+        address = line.split()[-1]
+        while process.poll() is None and urllib.request.urlopen(f"{address}/ping").status != 200:
+            time.sleep(0.1)
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def ask(address: str, request: dict[str, object]) -> tuple[dict[str, object], float]:
+    """The reply, and the seconds from sending the request to the reply's last byte."""
+    body = json.dumps({"input": request}).encode()
+    call = urllib.request.Request(f"{address}/runsync?wait=300000", body, {"Content-Type": "application/json"})
+    started = time.perf_counter()
+    with urllib.request.urlopen(call) as response:
+        text = response.read()
+    seconds = time.perf_counter() - started
+    answer = json.loads(text)
+    if answer["status"] != "COMPLETED":
+        raise ProgramFailed(f"a job failed: {answer}")
+    return answer["output"], seconds
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+def random_checkpoint(out: Path, arch: str | Path, dtype: str = "bfloat16", device: str = "cpu") -> Path:
+    """Random weights of an architecture or a folder of configurations, made where they are not there yet."""
+    script = Path(__file__).with_name("random_checkpoint.py")
+    if not out.is_dir() or out.stat().st_mtime < script.stat().st_mtime:
+        command = [sys.executable, script, "--arch", arch, "--dtype", dtype, "--device", device, "--out", out]
+        print(*run(command).lines, sep="\n", file=sys.stderr, flush=True)
+    return out
+
+
+def export(out: Path, *options: object) -> Path:
+    """The folder of graphs (and packages); what is up to date stays."""
+    run([sys.executable, ROOT / "torchscript" / "export.py", *map(str, options), "--out", out])
+    return out
+
+
+def read_once(file: Path) -> None:
+    """Brings a file into the page cache."""
+    piece = bytearray(2**24)
+    with file.open("rb", buffering=0) as stream:
+        while stream.readinto(piece):
+            pass
+
+
 # --- Numbers ----------------------------------------------------------------------------------------------------------
 
 
@@ -147,21 +242,33 @@ def noise_band(blocks: Sequence[Sequence[float]]) -> tuple[float, float] | None:
 
 @dataclass
 class Row:
-    """One line of the table. Both values are in `unit`."""
+    """One line of the table. Both values are in `unit`. What must not be above `bar` and shall not be above `aim` is
+    the ratio; of a row without a peer, our own value."""
 
-    quantity: str
+    name: str
     unit: str
     ours: float
-    theirs: float
+    peer: float | None
+    bar: float | None = None
     aim: float | None = None
     noise: tuple[float, float] | None = None
 
     def cells(self) -> list[str]:
-        ratio = self.ours / self.theirs if self.theirs else float("nan")
-        aim = "" if self.aim is None else f"<= {self.aim:g} {'met' if ratio <= self.aim else 'MISSED'}"
-        noise = "" if self.noise is None else f"{self.noise[0]:.2f} to {self.noise[1]:.2f}"
-        ours, theirs = (f"{digits(value)} {self.unit}" for value in (self.ours, self.theirs))
-        return [self.quantity, ours, theirs, f"{ratio:.2f}", aim, noise]
+        ratio = None if self.peer is None else self.ours / self.peer if self.peer else float("nan")
+        value, unit = (self.ours, f" {self.unit}") if ratio is None else (ratio, "")
+
+        def limit(most: float | None) -> str:
+            return "" if most is None else f"{most:g}{unit}, {'met' if value <= most else 'missed'}"
+
+        return [
+            self.name,
+            f"{digits(self.ours)} {self.unit}",
+            "" if self.peer is None else f"{digits(self.peer)} {self.unit}",
+            "" if ratio is None else f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.3f}",
+            limit(self.bar),
+            limit(self.aim),
+            "" if self.noise is None else f"{self.noise[0]:.2f} to {self.noise[1]:.2f}",
+        ]
 
 
 def digits(value: float) -> str:
@@ -171,7 +278,8 @@ def digits(value: float) -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown that also reads well in a terminal."""
-    lines = [["quantity", "ours", "diffusers", "ratio", "aim", "ours against itself"], *(row.cells() for row in rows)]
+    head = ["quantity", "ours", "diffusers eager", "ratio", "bar", "aim", "ours against itself"]
+    lines = [head, *(row.cells() for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(f"{c:<{w}}" for c, w in zip(line, widths)) + " |" for line in lines)
@@ -184,7 +292,7 @@ def machine() -> str:
     cpu = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     name = cpu[1] if cpu else platform.machine()
-    return f"{name}, {threads()} threads, {memory:.0f} GiB, load {os.getloadavg()[0]:.1f}"
+    return f"{name}, {threads()} cores, {memory:.0f} GiB, load {os.getloadavg()[0]:.1f}"
 
 
 def threads() -> int:
@@ -194,4 +302,18 @@ def threads() -> int:
 def versions(worker: Path) -> str:
     ours = run([worker, "--version"]).lines[0]
     packages = [f"{name} {metadata.version(name)}" for name in ("torch", "diffusers", "transformers")]
-    return ", ".join([ours, f"Python {platform.python_version()}", *packages])
+    return ", ".join([f"{ours} ({commit()})", f"Python {platform.python_version()}", *packages])
+
+
+def commit() -> str:
+    """Of the checkout; a `+` says that files differ from it."""
+    try:
+        found = run(["git", "-C", ROOT, "describe", "--always", "--dirty=+", "--exclude=*"], check=False)
+    except OSError:
+        return "commit unknown"
+    return found.lines[0] if found.lines else "commit unknown"
+
+
+def heading(worker: Path, conditions: str) -> str:
+    """What stands above every table."""
+    return f"{date.today()}; {conditions}; {versions(worker)}."

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Gathers in bench/carry what a GPU machine lacks: the stripped programs, the graphs, the small model, diffusers.
+# Gathers in bench/carry what a GPU machine lacks: the stripped programs, the graphs, the small model, diffusers and
+# what it needs for LoRAs.
 #
 #   bench/pack.sh                 after `make build` and `make graphs`; about 8 minutes the first time
 #   bench/pack.sh --tiny FOLDER   only what a dry run needs
@@ -29,8 +30,9 @@ $PYTHON torchscript/export.py --model models/tiny --dtype float32 --fused --out 
 
 if [ ${#export[@]} -gt 0 ]; then
     rm -rf "$carry/wheels"
+    mapfile -t wheels < <(sed -nE 's/^((diffusers|peft|accelerate|psutil)==[0-9.]+).*/\1/p' torchscript/requirements-test.txt)
     $PYTHON -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 \
-        --dest "$carry/wheels" "$(sed -n 's/^\(diffusers==[0-9.]*\).*/\1/p' torchscript/requirements.txt)"
+        --dest "$carry/wheels" "${wheels[@]}"
 fi
 
 du -sh "$carry"/*

@@ -8,7 +8,7 @@ use safetensors::tensor::TensorView;
 use serde_json::{Map, Value};
 use tch::Tensor;
 
-use super::{progress, start_handler};
+use super::{ColdStart, progress, start_handler};
 use crate::api::parse;
 use crate::cli::{EngineArgs, GenerateArgs};
 use crate::error::{Error, Result};
@@ -17,6 +17,7 @@ use crate::media;
 
 /// Makes pictures and writes them into a folder; prints the path of each on stdout.
 pub fn generate(arguments: &EngineArgs, options: &GenerateArgs) -> Result<()> {
+    let start = ColdStart::begin();
     let input = request(&with_files(options)?)?;
     // a misspelled field is told before the model is loaded
     parse(&input)?;
@@ -28,7 +29,9 @@ pub fn generate(arguments: &EngineArgs, options: &GenerateArgs) -> Result<()> {
     if let Some(folder) = options.save_latents.as_deref().filter(|path| path.is_dir()) {
         return Err(unwritable(folder, anyhow::anyhow!("it is a folder")));
     }
-    let handler = start_handler(arguments)?.with_any_path();
+    let handler = start.time("load_model", || start_handler(arguments))?.with_any_path();
+    start.include(handler.load_times());
+    handler.report_start(start.timings());
     let (output, latents) = handler.generate(&input, progress::shown(options.quiet))?;
     for warning in output.warnings() {
         tracing::warn!("{warning}");
