@@ -31,6 +31,9 @@ carry=bench/carry
 if [ ${#dry[@]} -gt 0 ]; then
     carry=target/bench/carry-dry
     bench/pack.sh --tiny "$carry"
+elif [ -f "$carry.tar.xz" ]; then
+    rm -rf "$carry"
+    tar --extract --file "$carry.tar.xz" --directory "$(dirname "$carry")"
 elif [ ! -x "$carry/bin/sdxl-worker" ]; then
     echo "error: no $carry here; run bench/pack.sh where the project is built" >&2
     exit 3

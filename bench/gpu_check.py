@@ -2,8 +2,8 @@
 
     correctness   the worker sees CUDA; latents against diffusers on the same GPU, small model and full size, with the
                   plain and with the fused UNet
-    speed         full-size SDXL of random weights: seconds, milliseconds per step, start, memory; the fused UNet (as
-                  is usual on CUDA) and, for comparison, the plain one
+    speed         full-size SDXL of random weights: seconds, milliseconds per step, start, memory, a LoRA's change; and
+                  what each optimisation is worth
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ PROMPT = {name: bench.REQUEST[name] for name in ("prompt", "negative_prompt", "g
 FLOAT32_LIMIT = 1e-3  # relative error of the latents, TF32 off
 PIXEL_LIMIT = 2  # of 255, float32
 SIXTEEN_BIT_LIMIT = 1.1  # distance to the float32 result, over diffusers' own distance
+OTHER_WAYS = ("--fused off", "--cuda-graphs 0", "--attention fastest", "--cudnn-benchmark")
+
 DIFFERENT = 0.05  # latents of two seeds differ by at least this; else the comparison would prove nothing
 
 
@@ -209,20 +211,21 @@ def pixel_difference(case: Case, fused: str, index: int) -> int:
 def speed(setup: Setup) -> None:
     dtype = "float32" if setup.dry else "bfloat16"  # 16 bits are slow on a CPU
     side, steps = (128, 3) if setup.dry else (1024, 30)
-    blocks, warm_up, measured, starts = (1, 1, 2, 1) if setup.dry else (2, 3, 6, 5)
+    blocks, warm_up, measured, starts = (1, 1, 2, 1) if setup.dry else (2, 2, 5, 3)
     model = setup.full_size()
     gpu = None if setup.dry else Gpu()
     clocks = [gpu.clock()] if gpu else []
     conditions = machine()
     request = PROMPT | {"width": side, "height": side, "num_inference_steps": steps}
     both = bench.sides(setup.worker, model, setup.graphs, request, setup.scratch, setup.options(dtype))
-    plain, ours = (with_options(both[0], "--fused", fused) for fused in ("off", "on"))
-    theirs = both[1]
+    ours, theirs = both
+    others = {words: with_options(ours, *words.split()) for words in OTHER_WAYS}
     with stage("speed"):
         for file in model.rglob("*.safetensors"):
             read_once(file)
-        bench.measure_blocks((ours, plain, theirs), blocks, warm_up, measured, gpu)
+        bench.measure_blocks((ours, theirs), blocks, warm_up, measured, gpu)
         bench.measure_starts((ours, theirs), starts, gpu)
+        bench.measure_blocks(list(others.values()), 1, warm_up, measured, gpu, "block of each other way")
     if gpu:
         clocks.append(gpu.clock())
     with stage("LoRA swap"):
@@ -256,12 +259,10 @@ def speed(setup: Setup) -> None:
     if gpu:
         source = "the process's own, from the driver" if gpu.per_process else "what the card's use grew by"
         print(f"GPU memory is {source}; SM clock {clocks[0]} MHz before, {clocks[1]} MHz after")
-    print(f"\n{table(rows)}\n\nours, by flavour of the UNet:")
-    for name, side in (("fused", ours), ("plain", plain)):
-        band, step = noise_band(side.values(*picture)), side.middle("denoise") * 1000 / steps
-        noise = "" if band is None else f", {band[0]:.3f} to {band[1]:.3f} against itself"
-        print(f"{name}: {side.middle(*picture):.4g} s per image, {step:.4g} ms a step{noise}")
-    print(f"fused / plain: {ours.middle('denoise') / plain.middle('denoise'):.3f} of the time of a step")
+    print(f"\n{table(rows)}\n\nours by options, one block each but the first:")
+    for words, side in {"the usual": ours, **others}.items():
+        image, step = side.middle(*picture), side.middle("denoise") * 1000 / steps
+        print(f"{words}: {image:.4g} s per image, {step:.4g} ms a step, {image / ours.middle(*picture):.3f} of the usual")
 
 
 def with_options(side: bench.Side, *options: str) -> bench.Side:

@@ -35,9 +35,12 @@ if [ ${#export[@]} -gt 0 ]; then
         --dest "$carry/wheels" "${wheels[@]}"
 fi
 
-du -sh "$carry"/*
-size=$(du -sm "$carry" | cut -f1)
-if [ "$size" -gt "$LIMIT_MIB" ]; then
-    echo "error: $carry has $size MiB, more than $LIMIT_MIB" >&2
-    exit 1
+if [ ${#export[@]} -gt 0 ]; then
+    tar --create --xz --file "$carry.tar.xz" --directory "$(dirname "$carry")" "$(basename "$carry")"
+    size=$(du -sm "$carry.tar.xz" | cut -f1)
+    echo "$carry.tar.xz: $size MiB"
+    if [ "$size" -gt "$LIMIT_MIB" ]; then
+        echo "error: more than $LIMIT_MIB MiB" >&2
+        exit 1
+    fi
 fi
