@@ -9,6 +9,7 @@ use tch::IndexOp;
 
 use super::change::{Delta, Factor};
 use super::*;
+use crate::torch::Generator;
 use crate::weights::Checkpoint;
 
 const QUERY: &str = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight";
@@ -38,7 +39,7 @@ fn bytes(tensor: &Tensor) -> Vec<u8> {
 }
 
 fn random(seed: i64, size: &[i64]) -> Tensor {
-    crate::torch::Generator::new(seed as u64).randn(size, Kind::Float).unwrap() // its own: tests run side by side
+    Generator::new(seed as u64).unwrap().randn(size, Kind::Float).unwrap() // of its own: tests run side by side
 }
 
 struct Setup {
