@@ -166,7 +166,7 @@ pub struct EngineArgs {
     /// Keep at most this many bytes of LoRA files in memory; those used longest ago make room
     #[arg(long, global = true, env = "LORA_MEMORY", value_name = "BYTES", default_value = "1G")]
     pub lora_memory: ByteSize,
-    /// Where weights come from when a LoRA is taken out of them: read the checkpoint's file again, or a copy in memory
+    /// Where weights come from when a LoRA is taken out of them: read the checkpoint's file again, or a copy on the device
     #[arg(long, global = true, env = "LORA_BACKUP", value_enum, default_value_t = LoraBackup::File)]
     pub lora_backup: LoraBackup,
     /// Folder for downloaded adapters [default: on /runpod-volume where it is, else ~/.cache/sdxl-worker/adapters]

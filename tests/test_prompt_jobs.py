@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from program import error_of, pictures, run, write_safetensors
+from test_batching import LONG, answer, calls, start, until_more
 from test_inputs import SMALL, ask, image_of, serving
 
 WIDTHS = {"clip_l": 32, "clip_g": 40}  # of the default test model
@@ -61,6 +62,21 @@ def test_a_prompt_seen_before_is_not_encoded_again(at, folder):
     assert hits(at, texts | {"prompt_weighting": "compel"})[0] == 0
     with_ink = [texts | {"textual_inversions": [inversion(folder, value=value)]} for value in (1.0, 2.0)]
     assert [hits(at, fields)[0] for fields in (*with_ink, *with_ink)] == [0, 0, 2, 2]
+
+
+@pytest.mark.parametrize("switch, ahead", [("on", 2), ("off", 0)])
+def test_the_next_job_s_prompt_is_encoded_during_the_last_step(at, test_models, switch, ahead):
+    waiting = {"prompt": "a quiet harbour", "negative_prompt": "a storm", "seed": 3}
+    options = ("--log-level", "debug", "--concurrency", "2", "--encode-ahead", switch)
+    with serving(test_models, *options) as (address, logged):
+        ask(address, {})  # the model is loaded
+        before = calls(address)
+        long = start(address, LONG)
+        until_more(address, 1, before)
+        own = image_of(answer(address, start(address, waiting)))
+        assert answer(address, long)["status"] == "COMPLETED"
+    assert sum(CACHED in line for line in logged) == ahead
+    assert np.array_equal(own, hits(at, waiting)[1])
 
 
 def test_a_warning_comes_with_the_prompt_from_the_cache(at):

@@ -196,7 +196,8 @@ impl Loras {
         let bytes = |target: &Target| {
             let weights = &self.components[target.component];
             let weight = weights.parameter(&target.parameter).expect("the table is made of these");
-            let copied = weights.is_mapped(&target.parameter) || self.backup == Backup::Copy;
+            let on_host = weight.device() == Device::Cpu;
+            let copied = weights.is_mapped(&target.parameter) || self.backup == Backup::Copy && on_host;
             if copied { (weight.numel() * weight.kind().elt_size_in_bytes()) as u64 } else { 0 }
         };
         let needed: u64 = plan.keys().map(bytes).sum();
@@ -222,7 +223,7 @@ impl Loras {
             let mut weight = weights.parameter(&target.parameter).expect("the table is made of these");
             let copy = match self.backup {
                 Backup::File => None,
-                Backup::Copy => Some(weight.f_to_device(Device::Cpu).map_err(anyhow::Error::from)?.copy()),
+                Backup::Copy => Some(weight.copy()),
             };
             // from here on it counts as changed
             self.applied.changed.insert(target.clone(), copy);

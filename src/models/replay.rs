@@ -1,7 +1,8 @@
 //! Calls that come again with the same shapes are captured as CUDA graphs and replayed: one launch instead of two
 //! thousand. Which calls are kept, and what happens where one cannot be captured, is decided here.
 
-use std::cell::{OnceCell, RefCell};
+use std::cell::RefCell;
+use std::rc::{Rc, Weak};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tch::{Device, Kind, Tensor};
@@ -13,8 +14,8 @@ use crate::torch::{CapturedCall, GraphPool, capture_epoch};
 thread_local! {
     /// Those of all modules of this engine: whatever touches a device lives on one thread.
     static CALLS: RefCell<Calls> = const { RefCell::new(Calls::new(0)) };
-    /// Captured calls share it, since they never run at the same time.
-    static POOL: OnceCell<GraphPool> = const { OnceCell::new() };
+    /// Captured calls share it, since they never run at the same time; it is theirs.
+    static POOL: RefCell<Weak<GraphPool>> = const { RefCell::new(Weak::new()) };
 }
 
 /// This thread keeps up to `limit` captured calls; the one used longest ago goes first. 0 captures none.
@@ -41,15 +42,21 @@ impl ReplayedModule {
             return plain();
         }
         let capture = || -> anyhow::Result<Box<dyn Call>> {
-            let pool = POOL.with(|pool| match pool.get() {
-                Some(pool) => Ok(*pool),
-                None => GraphPool::new().map(|made| *pool.get_or_init(|| made)),
-            })?;
             let forward = |inputs: &[&Tensor]| Ok(self.module.forward(inputs)?);
-            Ok(Box::new(CapturedCall::capture(inputs, pool, forward)?))
+            Ok(Box::new(CapturedCall::capture(inputs, shared_pool()?, forward)?))
         };
         CALLS.with_borrow_mut(|calls| calls.call(self.id, inputs, plain, capture))
     }
+}
+
+/// The pool of the captured calls that there are; else a new one.
+fn shared_pool() -> anyhow::Result<Rc<GraphPool>> {
+    if let Some(pool) = POOL.with_borrow(Weak::upgrade) {
+        return Ok(pool);
+    }
+    let pool = Rc::new(GraphPool::new()?);
+    POOL.set(Rc::downgrade(&pool));
+    Ok(pool)
 }
 
 impl Drop for ReplayedModule {
@@ -157,8 +164,6 @@ impl Calls {
 
 #[cfg(test)]
 mod tests {
-    use std::rc::Rc;
-
     use super::*;
 
     /// Adds 1 like the plain call, and notes that it ran.

@@ -1,12 +1,13 @@
 use std::cell::Cell;
+use std::rc::Rc;
 
 use anyhow::{Context, Result, bail};
 use tch::{Device, Tensor};
 
 use super::ffi;
 
-/// Device memory that captured calls share. Only one of them runs at a time.
-#[derive(Clone, Copy)]
+/// Device memory that captured calls share. Only one of them runs at a time. libtorch frees it with the last of them, and
+/// the next needs another.
 pub struct GraphPool([u64; 2]);
 
 impl GraphPool {
@@ -51,7 +52,7 @@ impl Capture {
     }
 
     /// The graph of what `work` does, and what it returns; nothing of it is done.
-    fn record<T>(&self, pool: GraphPool, work: impl FnOnce() -> Result<T>) -> Result<(*mut ffi::Graph, T)> {
+    fn record<T>(&self, pool: &GraphPool, work: impl FnOnce() -> Result<T>) -> Result<(*mut ffi::Graph, T)> {
         let mut graph = std::ptr::null_mut();
         // SAFETY: the capture is alive; the shim reads two numbers of the pool, and writes one pointer.
         unsafe {
@@ -76,6 +77,7 @@ pub struct CapturedCall {
     graph: *mut ffi::Graph,
     inputs: Vec<Tensor>,
     outputs: Vec<Tensor>,
+    _pool: Rc<GraphPool>,
 }
 
 impl CapturedCall {
@@ -86,15 +88,15 @@ impl CapturedCall {
     /// Where it waits for the device or reads from it on the way, or memory runs out.
     pub fn capture(
         inputs: &[&Tensor],
-        pool: GraphPool,
+        pool: Rc<GraphPool>,
         forward: impl Fn(&[&Tensor]) -> Result<Vec<Tensor>>,
     ) -> Result<Self> {
         let inputs: Vec<Tensor> = inputs.iter().map(|input| input.contiguous().copy()).collect();
         let own: Vec<&Tensor> = inputs.iter().collect();
         let capture = Capture::new(inputs[0].device())?;
         forward(&own)?;
-        let (graph, outputs) = capture.record(pool, || forward(&own)).context("capturing a CUDA graph")?;
-        Ok(CapturedCall { graph, inputs, outputs })
+        let (graph, outputs) = capture.record(&pool, || forward(&own)).context("capturing a CUDA graph")?;
+        Ok(CapturedCall { graph, inputs, outputs, _pool: pool })
     }
 
     /// The outputs for these inputs, of the same shapes and dtypes.
