@@ -9,6 +9,8 @@ use serde_json::{Map, Value};
 use tch::{Kind, Tensor};
 
 const TOLERANCE: f64 = 1e-5;
+/// How many roundings of its inputs an ill-conditioned run may be off by.
+const ROUNDINGS: f64 = 10.0;
 const SHAPE: [i64; 3] = [4, 2, 2];
 const SEED: u64 = 7;
 
@@ -31,6 +33,9 @@ struct Case {
     init_noise_sigma: f64,
     #[serde(default)]
     sample: Vec<f32>,
+    /// How far off the sample is when the inputs are off by a rounding, where that shows.
+    #[serde(default)]
+    spread: f64,
 }
 
 #[derive(Deserialize)]
@@ -126,8 +131,8 @@ fn compare(case: &Case, outcome: Result<Outcome>) -> Option<String> {
     }
     let expected = Tensor::from_slice(&case.sample).view([2, SHAPE[0], SHAPE[1], SHAPE[2]]);
     let error = relative_error(&outcome.sample, &expected);
-    // written so that NaN is an error
-    let close = error <= TOLERANCE;
+    // no run is nearer than its conditioning lets two processors be; written so that NaN is an error
+    let close = error <= TOLERANCE.max(ROUNDINGS * case.spread);
     (!close).then(|| format!("{name}: the final sample is off by {error:.1e}"))
 }
 

@@ -17,7 +17,7 @@ import math
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -278,11 +278,15 @@ def byte_symbols() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
 
 
-def learn_merges(corpus: str, count: int) -> list[tuple[str, str]]:
+# Pairs of tokens in the order in which they are joined.
+Merges = list[tuple[str, str]]
+
+
+def learn_merges(corpus: str, count: int) -> Merges:
     """Byte-pair merges by falling frequency; ties by text order, so that the result does not depend on hashing."""
     words = Counter(corpus.split())
     pieces = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
-    merges: list[tuple[str, str]] = []
+    merges: Merges = []
     for _ in range(count):
         pairs: Counter[tuple[str, str]] = Counter()
         for word, parts in pieces.items():
@@ -306,7 +310,7 @@ def apply_merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
     return out
 
 
-def vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
+def vocabulary(merges: Merges) -> dict[str, int]:
     symbols = byte_symbols()
     tokens = symbols + [symbol + "</w>" for symbol in symbols] + ["".join(pair) for pair in merges] + [START, END]
     return {token: index for index, token in enumerate(tokens)}
@@ -315,7 +319,7 @@ def vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
 PAD_TOKENS = {"tokenizer": END, "tokenizer_2": "!"}
 
 
-def write_tokenizers(out: Path, merges: list[tuple[str, str]], names: list[str]) -> int:
+def write_tokenizers(out: Path, merges: Merges, names: list[str]) -> int:
     """Writes the tokenizers as the Hub has them (no tokenizer.json); returns the vocabulary's size."""
     vocab = vocabulary(merges)
     for name in names:
@@ -466,16 +470,20 @@ def write_controlnet(out: Path, kind: str, variant: Variant) -> None:
         write_weights(folder / "diffusion_pytorch_model.safetensors", tensors)
 
 
-def write_model(out: Path, variant: Variant) -> None:
+# What fills a parameter, by its component and name (`unet.conv_in.weight`) and its shape.
+Weights = Callable[[str, tuple[int, ...]], np.ndarray]
+
+
+def write_model(out: Path, variant: Variant, merges: Merges | None = None, weights: Weights = random_tensor) -> None:
     """Writes the whole folder of a pipeline."""
     with replacing(out) as folder:
-        write_components(folder, variant)
+        write_components(folder, variant, merges or learn_merges(CORPUS, MERGES), weights)
 
 
-def write_components(out: Path, variant: Variant) -> None:
+def write_components(out: Path, variant: Variant, merges: Merges, weights: Weights) -> None:
     """Writes every file of a pipeline into a folder that is there."""
     tokenizers = ["tokenizer", "tokenizer_2"] if variant.text_encoder else ["tokenizer_2"]
-    vocab_size = write_tokenizers(out, learn_merges(CORPUS, MERGES), tokenizers)
+    vocab_size = write_tokenizers(out, merges, tokenizers)
     text_2 = variant.text_encoder_2 | ({"eos_token_id": vocab_size - 1} if variant.real_eos_id else {})
     configs = {
         "unet": variant.unet,
@@ -487,7 +495,7 @@ def write_components(out: Path, variant: Variant) -> None:
         folder = out / component
         write_json(folder / "config.json", configs[component])
         tensors = {
-            hub_name(component, name, variant.text_prefix): random_tensor(f"{component}.{name}", shape)
+            hub_name(component, name, variant.text_prefix): weights(f"{component}.{name}", shape)
             for name, shape in shapes.items()
         }
         if component.startswith("text_encoder"):
