@@ -14,8 +14,12 @@ import argparse
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -210,6 +214,24 @@ def overhead_rows(plan: Plan) -> list[Row]:
     return [Row(name, "ms", median(overheads), None, 60, 20, noise_band([[each] for each in overheads]))]
 
 
+def batching_rows(plan: Plan) -> list[Row]:
+    """What it is worth that jobs share the UNet's calls: four at once with `--max-batch 4`, over the same without."""
+    jobs = [REQUEST | {"seed": seed} for seed in range(4)]
+    seconds: dict[int, list[float]] = {1: [], 4: []}
+    with ExitStack() as stack, ThreadPoolExecutor(len(jobs)) as clients:
+        common = ["--model", TINY, "--graphs", GRAPHS, "--concurrency", str(len(jobs)), *plan.options]
+        at = {most: stack.enter_context(serving(WORKER, [*common, "--max-batch", str(most)])) for most in seconds}
+        for _ in range(1 + plan.requests):
+            for most, address in at.items():
+                started = time.monotonic()
+                list(clients.map(partial(ask, address), jobs))
+                seconds[most].append(time.monotonic() - started)
+    shared, alone = (each[1:] for each in (seconds[4], seconds[1]))
+    ratio = median(shared) / median(alone)
+    noise = noise_band([[each] for each in shared])
+    return [Row("four jobs at once: in shared UNet calls / one by one", "x", ratio, None, noise=noise)]
+
+
 def lora_rows(plan: Plan) -> list[Row]:
     return [lora_swap.row_of_its_own([*plan.options[-2:], "--repeat", str(plan.changes)])]
 
@@ -272,6 +294,7 @@ LOOP = ("image", "packages", "cpu", "memory")
 SECTIONS: dict[str, Callable[[Plan], list[Row]]] = {
     "start": start_rows,
     "overhead": overhead_rows,
+    "batching": batching_rows,
     "lora": lora_rows,
     "control": control_rows,
 }

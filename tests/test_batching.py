@@ -89,7 +89,9 @@ def calls(address: str) -> dict[int, int]:
 
 def until_more(address: str, images: int, before: dict[int, int]) -> None:
     """Waits for a call with so many images."""
+    deadline = time.monotonic() + 60
     while calls(address).get(images, 0) == before.get(images, 0):
+        assert time.monotonic() < deadline, f"no call with {images} images"
         time.sleep(0.002)
 
 

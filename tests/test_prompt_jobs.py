@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from program import error_of, pictures, run, write_safetensors
-from test_batching import LONG, answer, calls, start, until_more
+from test_batching import LONG, answer, start
 from test_inputs import SMALL, ask, image_of, serving
 
 WIDTHS = {"clip_l": 32, "clip_g": 40}  # of the default test model
@@ -70,9 +70,7 @@ def test_the_next_job_s_prompt_is_encoded_during_the_last_step(at, test_models, 
     options = ("--log-level", "debug", "--concurrency", "2", "--encode-ahead", switch)
     with serving(test_models, *options) as (address, logged):
         ask(address, {})  # the model is loaded
-        before = calls(address)
         long = start(address, LONG)
-        until_more(address, 1, before)
         own = image_of(answer(address, start(address, waiting)))
         assert answer(address, long)["status"] == "COMPLETED"
     assert sum(CACHED in line for line in logged) == ahead
