@@ -2,6 +2,7 @@
 weights come from the disk.
 
     .venv/bin/python bench/cold_start.py          7 GB of random weights, made in target/full-size; 10 minutes
+    .venv/bin/python bench/cold_start.py --dtype float32     14 GB; for a processor without bfloat16 (no AVX-512)
     .venv/bin/python bench/cold_start.py --tiny   the small model: shows that it works
 
 Warm: the model's files are in the page cache. Cold: they were dropped from it, and `fincore` saw them gone; programs and
@@ -27,7 +28,6 @@ from measure import (
 
 FULL = ROOT / "target" / "full-size"
 SCRATCH = bench.SCRATCH / "cold-start"
-DTYPE = "bfloat16"
 REQUEST = bench.REQUEST | {"width": 256, "height": 256, "num_inference_steps": 1, "guidance_scale": 1}
 GONE = 0.01  # of the files; what may be left in the page cache
 DISK_BAR, DISK_AIM = 0.80, 0.95
@@ -76,15 +76,11 @@ def disk_rate(files: list[Path]) -> float:
     return sum(file.stat().st_size for file in files) / (time.perf_counter() - started)
 
 
-def prepare(tiny: bool, model: Path | None, graphs: Path | None) -> tuple[Path, Path]:
-    if tiny:
-        graphs = export(SCRATCH / "graphs", "--model", bench.TINY, "--dtype", DTYPE)
-        return random_checkpoint(SCRATCH / "model", bench.TINY, DTYPE), graphs
-    if model is None:
-        model = random_checkpoint(FULL / "model", "sdxl", DTYPE)
-    if graphs is None:
-        graphs = export(FULL / "graphs", "--arch", "sdxl", "--dtype", DTYPE)
-    return model, graphs
+def prepare(tiny: bool, dtype: str, model: Path | None = None, graphs: Path | None = None) -> tuple[Path, Path]:
+    where, arch = (SCRATCH, ("--model", bench.TINY)) if tiny else (FULL, ("--arch", "sdxl"))
+    # the default's folder is also the one that lora_swap.py is told of
+    folder = where / ("model" if dtype == "bfloat16" else f"model-{dtype}")
+    return model or random_checkpoint(folder, arch[1], dtype), graphs or export(where / "graphs", *arch, "--dtype", dtype)
 
 
 def disk_report(own: float, other: float, disk: float, size: float) -> str:
@@ -105,16 +101,20 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=3, help="of each side from each page cache (%(default)s)")
     parser.add_argument("--tiny", action="store_true", help="the small model: shows that it works")
     parser.add_argument("--model", type=Path, help="instead of one of random weights in target/full-size")
-    parser.add_argument("--graphs", type=Path, help=f"its graphs, of {DTYPE}")
+    parser.add_argument("--graphs", type=Path, help="its graphs, of --dtype")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float32"),
+        help="float32 on a processor without instructions for bfloat16, where a step would take an hour (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=threads(), help="1 where others use the machine (%(default)s)")
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    model, graphs = prepare(arguments.tiny, arguments.model, arguments.graphs)
+    model, graphs = prepare(arguments.tiny, arguments.dtype, arguments.model, arguments.graphs)
     files = [file for folder in (model, graphs) for file in sorted(folder.rglob("*")) if file.is_file()]
     weights = [file for file in files if file.suffix == ".safetensors"]
 
-    options = ["--device", "cpu", "--dtype", DTYPE, "--threads", str(arguments.threads)]
-    small = prepare(True, None, None)
+    options = ["--device", "cpu", "--dtype", arguments.dtype, "--threads", str(arguments.threads)]
+    small = prepare(True, arguments.dtype)
     for side in bench.sides(WORKER, *small, REQUEST, SCRATCH / "first", options):
         side.measure_start()  # programs and libraries into the page cache, Python's bytecode onto the disk
     warm, cold = (
@@ -135,7 +135,7 @@ def main() -> None:
 
     print(heading(WORKER, conditions))
     print(
-        f"{'The small model' if arguments.tiny else 'Full-size SDXL'}, random weights, {DTYPE} with the VAE, 256x256, "
+        f"{'The small model' if arguments.tiny else 'Full-size SDXL'}, random weights, {arguments.dtype} with the VAE, 256x256, "
         f"one step, no guidance, {arguments.threads} threads; {arguments.starts} starts each, medians; peaks of all starts. `bench/cold_start.py`\n"
     )
     print(table([*cold.rows("cold"), *warm.rows("warm")]))
