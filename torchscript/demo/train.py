@@ -5,7 +5,7 @@
 
 A stage writes a checkpoint to the work folder every 500 steps and goes on from it; a sheet of samples is there too. The
 stages, each resting on what the ones before wrote: `vae`; `unet` with both text encoders; `union` and `canny`,
-the control nets; `lora`, outlines. On two CPU cores they are hours, on a GPU minutes.
+the control nets; `lora`, outlines. On two CPU cores they take hours.
 """
 
 from __future__ import annotations
