@@ -12,8 +12,8 @@ use std::str::FromStr;
 use clap::{Arg, Args, Command as ClapCommand, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use serde_json::{Map, Value};
 
-/// The model used when none is named: made by `make setup`, looked for from here and from the program upwards.
-pub const DEFAULT_MODEL: &str = "models/tiny";
+/// The model used when none is named: a small one in the repository, looked for from here and from the program upwards.
+pub const DEFAULT_MODEL: &str = "models/demo";
 /// The graphs used when none are named, looked for like [`DEFAULT_MODEL`].
 pub const DEFAULT_GRAPHS: &str = "graphs";
 
@@ -99,7 +99,7 @@ pub struct DoctorArgs {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Engine options")]
 pub struct EngineArgs {
-    /// Model folder in the diffusers layout [default: the project's models/tiny]
+    /// Model folder in the diffusers layout [default: the project's models/demo]
     #[arg(long, global = true, env = "MODEL_ID", value_name = "DIR", alias = "sdxl_model_path")]
     pub model: Option<String>,
     /// Folder of exported graphs with its manifest.json [default: the project's graphs]
@@ -127,7 +127,8 @@ pub struct EngineArgs {
     #[arg(long, global = true, env = "MAX_NUM_IMAGES", value_name = "N", default_value_t = 8,
           value_parser = clap::value_parser!(u32).range(1..))]
     pub max_num_images: u32,
-    /// A ControlNet and the name that requests give it (repeatable; the first is the default)
+    /// A ControlNet and the name that requests give it (repeatable; the first is the default) [default: the folders in
+    /// the model's own `controlnets`]
     #[arg(long, global = true, env = "CONTROLNETS", value_name = "NAME=DIR", value_delimiter = ',')]
     pub controlnet: Vec<NamedDir>,
     /// Load the ControlNets at start rather than when a request first asks for one
@@ -151,7 +152,7 @@ pub struct EngineArgs {
     /// Most controls a request may ask for
     #[arg(long, global = true, env = "MAX_CONTROLS", value_name = "N", default_value_t = 8)]
     pub max_controls: usize,
-    /// Folder of LoRA files that requests name (repeatable)
+    /// Folder of LoRA files that requests name (repeatable) [default: the model's own `loras`]
     #[arg(long, global = true, env = "LORA_DIR", value_name = "DIR", value_delimiter = ',')]
     pub lora_dir: Vec<PathBuf>,
     /// Folder of textual inversions that requests name (repeatable)

@@ -1,5 +1,6 @@
 //! From what was typed to the settings of those who act: the only module that knows both.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -52,8 +53,10 @@ pub fn settings(arguments: &EngineArgs, devices: &[Device]) -> Result<Vec<Settin
         cli::Attention::Math => AttentionBackend::Math,
     })?;
     tch::Cuda::cudnn_set_benchmark(arguments.cudnn_benchmark);
+    let model = model(arguments)?;
     let settings = Settings {
-        model: model(arguments)?,
+        controlnets: controlnets(arguments, &model),
+        model,
         graphs: graphs(arguments)?,
         aot: arguments.aot == cli::Aot::Auto,
         fused: match arguments.fused {
@@ -76,7 +79,6 @@ pub fn settings(arguments: &EngineArgs, devices: &[Device]) -> Result<Vec<Settin
             cli::Offload::TextEncoders => Offload::TextEncoders,
             cli::Offload::All => Offload::All,
         },
-        controlnets: arguments.controlnet.iter().map(source).collect(),
         preload_controlnets: arguments.preload_controlnets,
         controlnet_memory: arguments.controlnet_memory.0,
         cuda_graphs: arguments.cuda_graphs,
@@ -114,6 +116,26 @@ pub fn model(arguments: &EngineArgs) -> Result<PathBuf> {
 
 fn source(source: &cli::NamedDir) -> ModelSource {
     ModelSource { name: source.name.clone(), dir: source.dir.clone() }
+}
+
+/// The ControlNets that were named; without any those that lie in the model's folder, by name.
+fn controlnets(arguments: &EngineArgs, model: &Path) -> Vec<ModelSource> {
+    if !arguments.controlnet.is_empty() {
+        return arguments.controlnet.iter().map(source).collect();
+    }
+    let entries = std::fs::read_dir(model.join("controlnets")).into_iter().flatten().flatten();
+    let named = |entry: std::fs::DirEntry| Some((entry.file_name().into_string().ok()?, entry.path()));
+    let own: BTreeMap<String, PathBuf> = entries.filter_map(named).filter(|(_, dir)| dir.is_dir()).collect();
+    own.into_iter().map(|(name, dir)| ModelSource { name, dir }).collect()
+}
+
+/// The folders of LoRAs that were named; without any the one in the model's folder.
+fn lora_dirs(arguments: &EngineArgs) -> Vec<PathBuf> {
+    let own = || Some(Path::new(&arguments.model_or_default()?).join("loras")).filter(|dir| dir.is_dir());
+    match arguments.lora_dir.as_slice() {
+        [] => own().into_iter().collect(),
+        named => named.to_vec(),
+    }
 }
 
 /// What a request may ask for.
@@ -164,7 +186,7 @@ pub fn downloader() -> Downloader {
 /// Finds the LoRAs and textual inversions that requests name.
 pub fn adapters(arguments: &EngineArgs) -> Adapters {
     let cache = Arc::new(adapter_cache(arguments));
-    let loras = AdapterSettings::loras(arguments.lora_dir.clone(), arguments.max_lora_bytes.0);
+    let loras = AdapterSettings::loras(lora_dirs(arguments), arguments.max_lora_bytes.0);
     let textual_inversions =
         AdapterSettings::textual_inversions(arguments.embedding_dir.clone(), MAX_TEXTUAL_INVERSION_BYTES);
     Adapters {

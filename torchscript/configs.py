@@ -204,11 +204,12 @@ def read_json(path: Path) -> Config:
 
 def read_model(folder: Path) -> list[tuple[str, Config]]:
     """Class and configuration of every component we export from a diffusers folder: a whole pipeline (with
-    `model_index.json`) or one component (with `config.json`)."""
+    `model_index.json`, and the nets in its own `controlnets`) or one component (with `config.json`)."""
     if (folder / "model_index.json").is_file():
         index = read_json(folder / "model_index.json")
         names = [name for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[1]]
-        found = [read_component(folder / name) for name in sorted(names) if (folder / name / "config.json").is_file()]
+        folders = [*(folder / name for name in sorted(names)), *sorted(folder.glob("controlnets/*"))]
+        found = [read_component(folder) for folder in folders if (folder / "config.json").is_file()]
         models = [model for model in found if model[0] in COMPONENTS]
     elif (folder / "config.json").is_file():
         models = [read_component(folder)]

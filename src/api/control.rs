@@ -113,7 +113,7 @@ fn control(request: ControlNetRequest, path: &str, limits: &Limits, image: Strin
         return Err(Error::invalid("missing_field", at("image"), "a control needs an `image`")
             .remedy("give its control map as a URL, a data URI or base64"));
     }
-    let net = net(request.model.as_deref(), &at("model"), limits)?;
+    let net = net(request.model.as_deref(), request.mode.is_some(), &at("model"), limits)?;
     let mode = mode(request.mode, net, &at("mode"))?;
     let scale = in_range(&at("scale"), request.scale.unwrap_or(1.0), 0.0..=MAX_SCALE)?;
     let start = in_range(&at("start"), request.start.unwrap_or(0.0), 0.0..=1.0)?;
@@ -143,12 +143,13 @@ fn preprocessor(request: PreprocessRequest, field: &str) -> Result<Preprocessor>
     Preprocessor::from_request(&name, &request.params.unwrap_or_default(), field)
 }
 
-/// The net of that name; without a name the first that was configured.
-fn net<'a>(name: Option<&str>, field: &str, limits: &'a Limits) -> Result<&'a ControlNetFacts> {
+/// The net of that name; without a name the first that was configured, of the union nets where a mode is given.
+fn net<'a>(name: Option<&str>, has_mode: bool, field: &str, limits: &'a Limits) -> Result<&'a ControlNetFacts> {
     let nets = &limits.controlnets;
+    let union = || nets.iter().find(|net| has_mode && net.num_control_type.is_some());
     let found = match name {
         Some(name) => nets.iter().find(|net| net.name == name),
-        None => nets.first(),
+        None => union().or(nets.first()),
     };
     found.ok_or_else(|| {
         let message = match name {

@@ -62,8 +62,8 @@ class Stage:
 
 
 STAGES = {
-    "vae": Stage(5_000, 16, 2e-3),
-    "unet": Stage(12_000, 32, 1e-3),
+    "vae": Stage(8_000, 8, 2e-3),
+    "unet": Stage(12_000, 16, 1e-3),
     "union": Stage(5_000, 24, 1e-3),
     "canny": Stage(2_000, 24, 1e-3),
     "lora": Stage(800, 32, 2e-3),
@@ -100,7 +100,7 @@ def fit(name: str, stage: Stage, work: Path, module: nn.Module, loss: Loss) -> N
             torch._foreach_lerp_(list(average.values()), list(parameters.values()), 1 - decay)
         mean += (float(value.detach()) - mean) / min(step - first + 1, 200)
         bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-        if (step + 1) % 500 == 0:
+        if (step + 1) % 500 == 0 or step + 1 == stage.steps:
             state = {"average": average, "weights": parameters, "optimizer": optimizer.state_dict()}
             save(file, {"step": step + 1} | state)
     module.load_state_dict(average, strict=False)
@@ -371,7 +371,7 @@ def train_controlnet(name: str, stage: Stage, work: Path, out: Path) -> None:
             fit(name, stage, work, net, loss)
     else:
         fit(name, stage, work, net, loss)
-    model.save_controlnet(out / f"controlnet_{name}", net)
+    model.save_controlnet(out / "controlnets" / name, net)
 
 
 def train_lora(stage: Stage, work: Path, out: Path) -> None:
@@ -420,6 +420,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
+    torch.set_flush_denormal(True)  # weights near zero slow a CPU down
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     for name in arguments.stages or STAGES:
