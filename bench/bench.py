@@ -29,9 +29,9 @@ from measure import (
     threads,
 )
 
-TINY, GRAPHS = ROOT / "models" / "tiny", ROOT / "graphs"
 REFERENCE = Path(__file__).with_name("reference.py")
 SCRATCH = ROOT / "target" / "bench"
+TINY, GRAPHS = SCRATCH / "tiny", SCRATCH / "tiny-graphs"
 CONTROL_STEPS = 5
 # With what is computed once for all steps, such as the condition of a control map, which diffusers computes at each.
 STEP_PHASES = ("prepare", "denoise")
@@ -110,6 +110,12 @@ def sides(
             pictures=[theirs],
         ),
     )
+
+
+def make_tiny() -> None:
+    """The small model of random weights that is measured, and its graphs."""
+    run([sys.executable, ROOT / "torchscript" / "tiny_models.py", "--out", TINY])
+    export(GRAPHS, "--model", TINY)
 
 
 def measure_blocks(
@@ -317,13 +323,14 @@ def main() -> None:
 
     options = ["--device", "cpu", "--dtype", "float32", "--threads", str(arguments.threads)]
     plan = Plan(options, 2, 1, 3, 2, 1, 1, 2, 2) if arguments.quick else Plan(options)
+    make_tiny()
     conditions = machine()
     rows = loop_rows(plan, wanted) if wanted & set(LOOP) else []
     for name, section in SECTIONS.items():
         rows += section(plan) if name in wanted else []
     print(heading(WORKER, conditions))
     print(
-        f"models/tiny, 128x128, 25 steps, Euler, CFG 5, float32 on the CPU, {arguments.threads} threads; {plan.blocks} blocks of {plan.measured} "
+        f"The model of torchscript/tiny_models.py, 128x128, 25 steps, Euler, CFG 5, float32 on the CPU, {arguments.threads} threads; {plan.blocks} blocks of {plan.measured} "
         f"images after {plan.warm_up} warm-ups, {plan.starts} starts; medians. Requests: 1 step without guidance. LoRA: "
         f"an SDXL of fewer blocks.\nControlNets: 512x512, {CONTROL_STEPS} steps; each side is a ratio of its own two "
         f"step times. `{' '.join(['bench/bench.py', *sys.argv[1:]])}`\n"

@@ -113,6 +113,7 @@ def main() -> None:
     files = [file for folder in (model, graphs) for file in sorted(folder.rglob("*")) if file.is_file()]
     weights = [file for file in files if file.suffix == ".safetensors"]
 
+    bench.make_tiny()
     options = ["--device", "cpu", "--dtype", arguments.dtype, "--threads", str(arguments.threads)]
     small = prepare(True, arguments.dtype)
     for side in bench.sides(WORKER, *small, REQUEST, SCRATCH / "first", options):

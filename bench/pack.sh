@@ -2,7 +2,7 @@
 # Gathers in bench/carry what a GPU machine lacks: the stripped programs, the graphs, the small model, diffusers and
 # what it needs for LoRAs.
 #
-#   bench/pack.sh                 after `make build` and `make graphs`; about 8 minutes the first time
+#   bench/pack.sh                 after `make build`; about 8 minutes the first time
 #   bench/pack.sh --tiny FOLDER   only what a dry run needs
 #
 # The whole checkout with bench/carry in it stays below 64 MiB.
@@ -22,11 +22,10 @@ mkdir -p "$carry/bin" "$carry/models"
 for program in sdxl-worker sdxl-worker-engine; do
     strip -o "$carry/bin/$program" "target/release/$program"
 done
-rm -rf "$carry/models/tiny"
-cp -r models/tiny "$carry/models/tiny"
-$PYTHON torchscript/export.py "${export[@]}" --model models/tiny \
+$PYTHON torchscript/tiny_models.py --out "$carry/models/tiny"
+$PYTHON torchscript/export.py "${export[@]}" --model "$carry/models/tiny" \
     --dtype float32 --dtype float16 --dtype bfloat16 --out "$carry/graphs"
-$PYTHON torchscript/export.py --model models/tiny --dtype float32 --fused --out "$carry/graphs"
+$PYTHON torchscript/export.py --model "$carry/models/tiny" --dtype float32 --fused --out "$carry/graphs"
 
 if [ ${#export[@]} -gt 0 ]; then
     rm -rf "$carry/wheels"

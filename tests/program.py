@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "target" / "release" / "sdxl-worker"
-TINY = ROOT / "models" / "tiny"
+DEMO = ROOT / "models" / "demo"
 GRAPHS = ROOT / "graphs"
 TEST_MODELS = ROOT / "target" / "test-models"
 

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from program import (
-    GRAPHS, PROGRAM, TINY, copy_of, environment, error_of, files_in, pictures, python, run, whole_text,
+    DEMO, GRAPHS, PROGRAM, copy_of, environment, error_of, files_in, pictures, python, run, whole_text,
 )
 
 REQUEST = {
@@ -89,7 +89,7 @@ def test_a_prompt_is_all_that_is_needed(tmp_path: Path):
     assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", (128, 128))
     assert pixels(path).std() > 5
     last = picture.text["parameters"].splitlines()[-1]
-    assert last.startswith(f"Steps: 30, Sampler: Euler, CFG scale: 5, Seed: {path.stem}, Size: 128x128, Model: tiny")
+    assert last.startswith(f"Steps: 30, Sampler: Euler, CFG scale: 5, Seed: {path.stem}, Size: 128x128, Model: demo")
 
 
 def test_a_request_from_a_file_is_the_same_request(tmp_path: Path, one: Made):
@@ -186,7 +186,7 @@ def test_tiles_change_the_seams_and_not_the_picture(tmp_path: Path):
 
 def test_a_png_carries_the_parameters_as_other_tools_read_them_and_makes_itself_again(tmp_path: Path, one: Made):
     text = Image.open(one.path).text["parameters"]
-    settings = r"Steps: 2, Sampler: Euler, CFG scale: 5, Seed: 8, Size: 64x64, Model: tiny, Version: sdxl-worker [\d.]+"
+    settings = r"Steps: 2, Sampler: Euler, CFG scale: 5, Seed: 8, Size: 64x64, Model: demo, Version: sdxl-worker [\d.]+"
     assert re.fullmatch(rf"a red fox, in the snow\nNegative prompt: blurry\n{settings}", text)
     assert {name: stored_request(one.path)[name] for name in REQUEST} == REQUEST
     assert generate(tmp_path, "--from", one.path).read_bytes() == one.bytes
@@ -365,7 +365,7 @@ def test_a_number_format_without_graphs_names_the_command_that_makes_them(tmp_pa
     result = run("generate", "--prompt", "a", "--dtype", dtype, "--graphs", graphs, cwd=tmp_path)
     error = error_of(result, 3, "no_matching_graph")
     assert f"dtype is float32, not {dtype}" in error["message"]
-    command = f"python torchscript/export.py --model {TINY} --dtype {dtype} --out {graphs}"
+    command = f"python torchscript/export.py --model {DEMO} --dtype {dtype} --out {graphs}"
     assert command in error["remedy"]
 
 
@@ -375,7 +375,7 @@ def float32_latents_from_noise_drawn_in(dtype: str) -> numpy.ndarray:
     import torch
     from diffusers import StableDiffusionXLPipeline
 
-    pipeline = StableDiffusionXLPipeline.from_pretrained(TINY)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(DEMO)
     pipeline.set_progress_bar_config(disable=True)
     request = {name: value for name, value in REQUEST.items() if name != "seed"}
     generator = torch.Generator("cpu").manual_seed(REQUEST["seed"])
@@ -426,7 +426,7 @@ def test_the_doctor_times_the_phases_of_a_start(tmp_path: Path):
 
 
 def test_the_doctor_says_what_is_wrong_with_a_model_and_what_to_do(tmp_path: Path):
-    model = copy_of(TINY, tmp_path / "model")
+    model = copy_of(DEMO, tmp_path / "model")
     (model / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     result = run("doctor", "--model", model, cwd=tmp_path)
     assert result.returncode == 3

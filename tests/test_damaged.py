@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from program import (
-    GRAPHS, SMALL, TINY, copy_of, edit_json, error_of, files_in, pictures, read_safetensors, run, take, whole_text,
+    DEMO, GRAPHS, SMALL, copy_of, edit_json, error_of, files_in, pictures, read_safetensors, run, take, whole_text,
     write_safetensors,
 )
 
@@ -33,7 +33,7 @@ class Place:
     @property
     def model(self) -> Path:
         folder = self.root / "model"
-        return folder if folder.exists() else copy_of(TINY, folder)
+        return folder if folder.exists() else copy_of(DEMO, folder)
 
     @property
     def graphs(self) -> Path:
@@ -70,7 +70,7 @@ def graph(folder: Path, component: str) -> Path:
 
 # --- Weight files -----------------------------------------------------------------------------------------------------
 
-WHOLE = (TINY / UNET).read_bytes()
+WHOLE = (DEMO / UNET).read_bytes()
 
 FILES = {
     "cut short": WHOLE[:-1000],

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from program import GRAPHS, TINY, error_of, run
+from program import DEMO, GRAPHS, error_of, run
 from test_inputs import ask, image_of, serving
 from test_lora_jobs import lora
 
@@ -53,7 +53,7 @@ def test_two_engines_take_two_jobs_at_a_time(test_models):
 
 
 def test_doctor_loads_on_every_device(tmp_path):
-    arguments = ("--model", TINY, "--graphs", GRAPHS, "--device", "cpu,cpu")
+    arguments = ("--model", DEMO, "--graphs", GRAPHS, "--device", "cpu,cpu")
     result = run("doctor", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("all weights bound on cpu float32") == 2

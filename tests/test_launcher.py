@@ -287,7 +287,7 @@ def test_variables_stand_for_options_and_options_win(machine: Machine):
 def test_an_empty_variable_is_no_variable(machine: Machine):
     result = machine.run("doctor", MODEL_ID="", DEVICE="", MAX_PIXELS="", RUNPOD_LOG_LEVEL="", LIBTORCH="")
     assert result.returncode == 3
-    assert "models/tiny is not here" in result.stdout
+    assert "models/demo is not here" in result.stdout
 
 
 def test_a_wrong_variable_is_a_usage_error(machine: Machine):

@@ -11,7 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
-from program import GRAPHS, SMALL as SMALL_OPTIONS, TINY, error_of, files_in, pictures, run, write_safetensors
+from program import DEMO, SMALL as SMALL_OPTIONS, error_of, files_in, pictures, run, write_safetensors
 from test_inputs import SMALL, ask, image_of, serving
 
 QUERY = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"  # 32 x 32 in the default test model
@@ -190,7 +190,7 @@ def test_a_file_that_is_none_is_told_and_the_base_stays(at, folder, make, code):
         ({"name": "../ink"}, "path_refused", "loras[0].name"),
         ({"name": "/etc/passwd"}, "path_refused", "loras[0].name"),
         ({"name": "ink.pt"}, "lora_unsupported", "loras[0].name"),
-        ({"path": str(TINY / "unet" / "diffusion_pytorch_model.safetensors")}, "path_refused", "loras[0].path"),
+        ({"path": str(DEMO / "unet" / "diffusion_pytorch_model.safetensors")}, "path_refused", "loras[0].path"),
         ({"name": "out"}, "path_refused", "loras[0].name"),
         ({"name": "ink", "scale": 11}, "out_of_range", "loras[0].scale"),
         ({"name": "ink", "url": "https://a.test/x"}, "conflicting_fields", "loras[0].url"),
@@ -208,9 +208,10 @@ def test_a_name_leads_nowhere_else(at, folder, tmp_path, entry, code, field):
     assert (error["code"], error["field"]) == (code, field), error
 
 
-def test_the_command_line_takes_any_file_and_the_picture_remembers_it(tmp_path):
+def test_the_command_line_takes_any_file_and_the_picture_remembers_it(test_models, tmp_path):
     path = lora(tmp_path, "mine", 4)
-    fixed = ["--model", TINY, "--graphs", GRAPHS, *SMALL_OPTIONS, "--prompt", "a fox"]
+    files = ["--model", test_models["default"], "--graphs", test_models["graphs"]]
+    fixed = [*files, *SMALL_OPTIONS, "--prompt", "a fox"]
     plain = pictures(run("generate", *fixed, "--output", tmp_path / "a", cwd=tmp_path), tmp_path)[0].read_bytes()
     result = run("generate", *fixed, "--lora", f"{path}:0.5", "--output", tmp_path / "b", cwd=tmp_path)
     (picture,) = pictures(result, tmp_path)

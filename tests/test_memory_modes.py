@@ -16,7 +16,7 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from program import GRAPHS, PROGRAM, ROOT, TEST_MODELS, TINY, environment, error_of, pictures
+from program import PROGRAM, ROOT, TEST_MODELS, environment, error_of, pictures
 from test_inputs import PHOTO, ask, control, encode, image_of, serving
 from test_lora_jobs import lora
 
@@ -219,9 +219,9 @@ def measures(reply: dict) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Limited:
-    folder = tmp_path_factory.mktemp("tiny")
-    return Limited(folder, "--model", TINY, "--graphs", GRAPHS, width=1024, height=1024)
+def tiny(test_models, tmp_path_factory) -> Limited:
+    files = ("--model", test_models["default"], "--graphs", test_models["graphs"])
+    return Limited(tmp_path_factory.mktemp("tiny"), *files, width=1024, height=1024)
 
 
 @pytest.mark.full
