@@ -3,12 +3,14 @@
 
 PYTHON_SOURCES := $(wildcard torchscript/*.py)
 VENV := .venv/bin
-TINY := models/tiny/model_index.json
+MODEL := models/demo
 MANIFEST := graphs/manifest.json
+# What a graphics card computes in, besides.
+DTYPES := --dtype float32 $(if $(wildcard /proc/driver/nvidia),--dtype float16)
 LOCK := $(VENV)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test graphs build run test test-full soak lint fmt bench lock clean
+.PHONY: help setup setup-test graphs build run test test-full soak lint fmt bench dist lock clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -16,7 +18,7 @@ help: ## List these commands
 setup: ## Python packages, and the link .libtorch that cargo and the program use
 	@.ci/setup.sh
 
-graphs: $(MANIFEST) ## The default model and its graphs
+graphs: $(MANIFEST) ## The default model's graphs
 
 build: setup ## The release binaries
 	cargo build --release --locked
@@ -44,24 +46,23 @@ lint: setup ## Format, clippy, and the rules of .ci/check.sh
 fmt: ## Format the Rust sources
 	cargo fmt
 
-bench: setup-test build $(MANIFEST) ## Speed and memory beside diffusers, on this machine
+bench: setup-test build ## Speed and memory beside diffusers, on this machine
 	$(VENV)/python bench/bench.py
+
+dist: build ## A release for Linux as an archive in dist: programs, graphs, demo model
+	.ci/dist.sh dist
 
 lock: setup ## Pin the Python packages anew, after a change of torchscript/*.in
 	$(LOCK) torchscript/requirements.in -o torchscript/requirements.txt
 	$(LOCK) torchscript/requirements-test.in -c torchscript/requirements.txt -o torchscript/requirements-test.txt
 
 clean: ## Remove what was built and made; .venv and .libtorch stay
-	rm -rf target graphs models/tiny out
+	rm -rf target graphs out dist
 
 setup-test:
 	@.ci/setup.sh test
 
-# The scripts leave what is up to date as it is, so the touch says that they have looked.
-$(TINY): torchscript/tiny_models.py | setup
-	$(VENV)/python torchscript/tiny_models.py --out models/tiny
-	@touch $@
-
-$(MANIFEST): $(TINY) $(PYTHON_SOURCES) | setup
-	$(VENV)/python torchscript/export.py --model models/tiny --dtype float32 --out graphs
+# The script leaves what is up to date as it is, so the touch says that it has looked.
+$(MANIFEST): $(wildcard $(MODEL)/*/config.json $(MODEL)/*/*/config.json) $(PYTHON_SOURCES) | setup
+	$(VENV)/python torchscript/export.py --model $(MODEL) $(DTYPES) --out graphs
 	@touch $@

@@ -51,7 +51,12 @@ fn cuda_include(libtorch: &Path) -> Option<PathBuf> {
     candidates.into_iter().flatten().find(|folder| folder.join("cuda_runtime.h").exists())
 }
 
+/// Named by the variable where there is no repository, as in an image's build.
 fn git_commit() -> Option<String> {
+    println!("cargo:rerun-if-env-changed=GIT_COMMIT");
+    if let Some(given) = std::env::var("GIT_COMMIT").ok().filter(|given| !given.is_empty()) {
+        return Some(given);
+    }
     if Path::new(".git/HEAD").exists() {
         println!("cargo:rerun-if-changed=.git/HEAD");
     }

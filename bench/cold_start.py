@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterable
@@ -104,16 +105,16 @@ def main() -> None:
     parser.add_argument("--graphs", type=Path, help="its graphs, of --dtype")
     parser.add_argument(
         "--dtype", default="bfloat16", choices=("bfloat16", "float32"),
-        help="float32 on a processor without instructions for bfloat16, where a step would take an hour (%(default)s)",
+        help="float32 on a processor without instructions for bfloat16, where a step is far too slow (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--threads", type=int, default=threads(), help="1 where others use the machine (%(default)s)")
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
+    bench.make_tiny()
     model, graphs = prepare(arguments.tiny, arguments.dtype, arguments.model, arguments.graphs)
     files = [file for folder in (model, graphs) for file in sorted(folder.rglob("*")) if file.is_file()]
     weights = [file for file in files if file.suffix == ".safetensors"]
 
-    bench.make_tiny()
     options = ["--device", "cpu", "--dtype", arguments.dtype, "--threads", str(arguments.threads)]
     small = prepare(True, arguments.dtype)
     for side in bench.sides(WORKER, *small, REQUEST, SCRATCH / "first", options):
@@ -136,8 +137,9 @@ def main() -> None:
 
     print(heading(WORKER, conditions))
     print(
-        f"{'The small model' if arguments.tiny else 'Full-size SDXL'}, random weights, {arguments.dtype} with the VAE, 256x256, "
-        f"one step, no guidance, {arguments.threads} threads; {arguments.starts} starts each, medians; peaks of all starts. `bench/cold_start.py`\n"
+        f"{'The small model' if arguments.tiny else 'Full-size SDXL'}, random weights, {arguments.dtype} with the VAE, "
+        f"256x256, one step, no guidance, {arguments.threads} threads; {arguments.starts} starts each, medians; peaks of "
+        f"all starts. `{shlex.join(['bench/cold_start.py', *sys.argv[1:]])}`\n"
     )
     print(table([*cold.rows("cold"), *warm.rows("warm")]))
     size = sum(file.stat().st_size for file in weights)

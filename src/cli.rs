@@ -30,6 +30,8 @@ Examples:
       a whole request from a file; options given beside it win over the file
   sdxl-worker generate --from out/picture.png --num-images 4
       the same picture again, from the parameters stored in it, and three more
+  sdxl-worker fetch --model stabilityai/stable-diffusion-xl-base-1.0
+      into the Hub's cache, with what is missing alone
   sdxl-worker doctor
       what works on this machine and what to do about the rest
   sdxl-worker serve --port 8000
@@ -78,6 +80,8 @@ pub enum Command {
     Serve(ServeArgs),
     /// Turn a photo into a control map and write it as a PNG: canny, scribble, softedge, lineart, tile or invert
     Preprocess(PreprocessArgs),
+    /// Fetch the model, and what else is named, into the cache ahead of time; without the network, say what is there
+    Fetch,
     /// Check device, libtorch, graphs and weights: what works and what to do about the rest
     Doctor(DoctorArgs),
     /// Read a JSON list of strings on standard input and print the token ids of both tokenizers
@@ -99,9 +103,12 @@ pub struct DoctorArgs {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Engine options")]
 pub struct EngineArgs {
-    /// Model folder in the diffusers layout [default: the project's models/demo]
-    #[arg(long, global = true, env = "MODEL_ID", value_name = "DIR", alias = "sdxl_model_path")]
+    /// Model: a folder in the diffusers layout, or org/name[@revision] of the Hub [default: the project's models/demo]
+    #[arg(long, global = true, env = "MODEL_ID", value_name = "DIR|HUB_ID", alias = "sdxl_model_path")]
     pub model: Option<String>,
+    /// A VAE in place of the model's own: a folder, or a repository of the Hub
+    #[arg(long, global = true, env = "VAE_ID", value_name = "DIR|HUB_ID")]
+    pub vae: Option<String>,
     /// Folder of exported graphs with its manifest.json [default: the project's graphs]
     #[arg(long, global = true, env = "GRAPHS", value_name = "DIR")]
     pub graphs: Option<PathBuf>,
@@ -129,7 +136,7 @@ pub struct EngineArgs {
     pub max_num_images: u32,
     /// A ControlNet and the name that requests give it (repeatable; the first is the default) [default: the folders in
     /// the model's own `controlnets`]
-    #[arg(long, global = true, env = "CONTROLNETS", value_name = "NAME=DIR", value_delimiter = ',')]
+    #[arg(long, global = true, env = "CONTROLNETS", value_name = "NAME=DIR|HUB_ID", value_delimiter = ',')]
     pub controlnet: Vec<NamedDir>,
     /// Load the ControlNets at start rather than when a request first asks for one
     #[arg(long, global = true, env = "PRELOAD_CONTROLNETS", value_name = "BOOL", num_args = 0..=1,
@@ -146,7 +153,7 @@ pub struct EngineArgs {
           value_parser = clap::value_parser!(u16).range(1..))]
     pub max_batch: u16,
     /// A refiner, and the name that requests give it: by default its folder's (repeatable; the first is the default)
-    #[arg(long, global = true, env = "REFINER_ID", value_name = "[NAME=]DIR", value_delimiter = ',',
+    #[arg(long, global = true, env = "REFINER_ID", value_name = "[NAME=]DIR|HUB_ID", value_delimiter = ',',
           value_parser = NamedDir::maybe_named)]
     pub refiner: Vec<NamedDir>,
     /// Most controls a request may ask for
@@ -170,7 +177,10 @@ pub struct EngineArgs {
     /// Where weights come from when a LoRA is taken out of them: read the checkpoint's file again, or a copy on the device
     #[arg(long, global = true, env = "LORA_BACKUP", value_enum, default_value_t = LoraBackup::File)]
     pub lora_backup: LoraBackup,
-    /// Folder for downloaded adapters [default: on /runpod-volume where it is, else ~/.cache/sdxl-worker/adapters]
+    /// Where a network volume is mounted: models and adapters are kept there, where there is one
+    #[arg(long, global = true, env = "NETWORK_VOLUME", value_name = "DIR", default_value = "/runpod-volume")]
+    pub network_volume: PathBuf,
+    /// Folder for downloaded adapters [default: on the network volume where there is one, else ~/.cache/sdxl-worker/adapters]
     #[arg(long, global = true, env = "ADAPTER_CACHE", value_name = "DIR")]
     pub adapter_cache: Option<PathBuf>,
     /// Keep at most this many bytes of downloaded adapters on the disk; those used longest ago make room
@@ -458,10 +468,11 @@ impl GenerateArgs {
     }
 }
 
-/// `NAME=DIR` of `--controlnet` and `--refiner`.
+/// `NAME=DIR|HUB_ID` of `--controlnet` and `--refiner`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NamedDir {
     pub name: String,
+    /// A folder, or a repository of the Hub.
     pub dir: PathBuf,
 }
 

@@ -11,6 +11,7 @@ use crate::cli::{self, DeviceName, DtypeName, EngineArgs, ServeArgs};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::handler::Adapters;
+use crate::hub::{self, Hub, Variant, Wanted, What};
 use crate::lora;
 use crate::models::Fused;
 use crate::net::{
@@ -57,6 +58,7 @@ pub fn settings(arguments: &EngineArgs, devices: &[Device]) -> Result<Vec<Settin
     let settings = Settings {
         controlnets: controlnets(arguments, &model),
         model,
+        vae: arguments.vae.as_ref().map(PathBuf::from),
         graphs: graphs(arguments)?,
         aot: arguments.aot == cli::Aot::Auto,
         fused: match arguments.fused {
@@ -112,6 +114,56 @@ pub fn model(arguments: &EngineArgs) -> Result<PathBuf> {
         Error::setup("model_not_found", format!("no model was named, and {} is not here", cli::DEFAULT_MODEL))
             .remedy("run `make setup` in the project's folder, or give --model")
     })
+}
+
+/// Finds models on this machine and on the Hub.
+pub fn hub(arguments: &EngineArgs) -> Hub {
+    Hub::new(hub::Settings::from_variables(variable, &arguments.network_volume), &downloader())
+}
+
+/// The places in the options where a model may be named by its place on the Hub, and what is wanted there.
+pub fn wanted(arguments: &mut EngineArgs) -> Vec<(Wanted, Place<'_>)> {
+    let variants: Vec<Variant> = match (&arguments.variant, arguments.dtype) {
+        (Some(variant), _) => vec![Some(variant.clone()), None],
+        (None, Some(DtypeName::Float32)) => vec![None, Some("fp16".into())],
+        // half the bytes
+        (None, _) => vec![Some("fp16".into()), None],
+    };
+    let wanted = |name: String, what, option| Wanted { name, what, option, variants: variants.clone() };
+    let mut places = Vec::new();
+    if let Some(model) = &mut arguments.model {
+        places.push((wanted(model.clone(), What::Pipeline, "--model (MODEL_ID)"), Place::Text(model)));
+    }
+    if let Some(vae) = &mut arguments.vae {
+        places.push((wanted(vae.clone(), What::Vae, "--vae (VAE_ID)"), Place::Text(vae)));
+    }
+    let dirs = [
+        (&mut arguments.controlnet, What::ControlNet, "--controlnet (CONTROLNETS)"),
+        (&mut arguments.refiner, What::Pipeline, "--refiner (REFINER_ID)"),
+    ];
+    for (dirs, what, option) in dirs {
+        for named in dirs {
+            let name = named.dir.to_string_lossy().into_owned();
+            places.push((wanted(name, what, option), Place::Dir(&mut named.dir)));
+        }
+    }
+    places
+}
+
+/// Where an option holds the name of a model.
+pub enum Place<'a> {
+    Text(&'a mut String),
+    Dir(&'a mut PathBuf),
+}
+
+impl Place<'_> {
+    /// Puts the folder into the name's place.
+    pub fn set(self, path: &Path) {
+        match self {
+            Place::Text(text) => *text = path.to_string_lossy().into_owned(),
+            Place::Dir(dir) => *dir = path.to_owned(),
+        }
+    }
 }
 
 fn source(source: &cli::NamedDir) -> ModelSource {
@@ -201,8 +253,8 @@ fn adapter_cache(arguments: &EngineArgs) -> AdapterCache {
         let cache = variable("XDG_CACHE_HOME").map(PathBuf::from);
         cache.or_else(|| Some(Path::new(&variable("HOME")?).join(".cache"))).unwrap_or_else(std::env::temp_dir)
     };
-    let volume = Path::new("/runpod-volume");
-    let default = || if volume.is_dir() { volume.to_owned() } else { home() }.join("sdxl-worker/adapters");
+    let volume = &arguments.network_volume;
+    let default = || if volume.is_dir() { volume.clone() } else { home() }.join("sdxl-worker/adapters");
     AdapterCache::new(arguments.adapter_cache.clone().unwrap_or_else(default), arguments.lora_cache.0)
 }
 

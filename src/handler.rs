@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use tch::Tensor;
 
 use crate::api::{
-    GenerateParams, GenerateResponse, ImageDetails, Limits, LoraReport, OutputFormat, ResponseFormat, SchedulerKind,
-    Timings, parse, validate,
+    Capabilities, GenerateParams, GenerateResponse, ImageDetails, Limits, LoraReport, OutputFormat, ResponseFormat,
+    SchedulerKind, Timings, parse, validate,
 };
 use crate::context::JobContext;
 use crate::engine::Engine;
@@ -67,6 +67,11 @@ impl Handler {
 
     pub fn engine(&self) -> &Engine {
         &self.engine
+    }
+
+    /// What requests may ask for. Looks for LoRAs on the disk.
+    pub fn capabilities(&self) -> Capabilities {
+        Capabilities::new(&self.limits, self.adapters.loras.names())
     }
 
     /// How long the model's parts took to load.

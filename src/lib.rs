@@ -9,6 +9,7 @@
 //! - [`engine`]: the threads that own the model, one for each device
 //! - [`pipeline`]: the recipe: encode the prompt, denoise, decode
 //! - [`lora`]: LoRAs fused into the weights for one request, and taken back
+//! - [`hub`]: where models come from: folders, caches, the Hub
 //! - [`net`]: addresses and buckets that clients name: guarded downloads, uploads
 //! - [`models`], [`schedulers`], [`media`]: graphs, noise schedules, picture files
 //! - [`weights`]: checkpoints into graphs
@@ -27,6 +28,7 @@ pub mod engine;
 pub mod error;
 mod fault;
 pub mod handler;
+pub mod hub;
 pub mod inputs;
 pub mod job;
 pub mod lora;

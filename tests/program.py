@@ -8,6 +8,10 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +42,33 @@ def run(*arguments: object, cwd: Path, stdin: str = "", variables: dict | None =
         cwd=cwd, env=environment(**(variables or {})), input=stdin, capture_output=True, text=True, timeout=120,
         **options,
     )
+
+
+@contextmanager
+def serving(*options: object, **variables: object) -> Iterator[tuple[str, list[str]]]:
+    """A worker's address, and the lines that it logs."""
+    process = subprocess.Popen(
+        [str(PROGRAM), "serve", "--port", "0", *map(str, options)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(**variables),
+    )  # fmt: skip
+    address = next(line for line in process.stderr if line.startswith("listening on")).split()[-1]
+    logged: list[str] = []
+    reader = threading.Thread(target=lambda: logged.extend(process.stderr))
+    reader.start()
+    try:
+        yield address, logged
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+        reader.join()
+
+
+def ask(address: str, fields: dict) -> dict:
+    """The reply to a job."""
+    body = json.dumps({"input": fields}).encode()
+    request = urllib.request.Request(f"{address}/runsync?wait=60000", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=90) as response:
+        return json.load(response)
 
 
 def python(*arguments: object) -> None:

@@ -12,6 +12,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 
+use sdxl_worker::api::{Capabilities, Limits};
 use sdxl_worker::context::{JobContext, Progress};
 use sdxl_worker::error::{Error, ErrorClass, Result};
 use sdxl_worker::job::{Job, PictureFile, Reply, Runner, Running};
@@ -984,13 +985,46 @@ fn collect_references(value: &Value, references: &mut BTreeSet<String>) {
 }
 
 #[tokio::test]
-async fn the_index_is_a_page_of_json_and_docs_leads_there() {
+async fn the_index_is_json_to_a_client_and_docs_leads_there() {
     let server = start().await;
     let (status, index) = server.get("/").await;
     assert_eq!((status, &index["openapi"]), (200, &json!("/openapi.json")));
     let client = reqwest::Client::builder().no_proxy().redirect(reqwest::redirect::Policy::none()).build().unwrap();
     let response = client.get(format!("{}/docs", server.url)).send().await.unwrap();
     assert_eq!((response.status().as_u16(), &response.headers()["location"]), (307, &"/".parse().unwrap()));
+}
+
+#[tokio::test]
+async fn the_index_is_a_page_to_a_browser_which_it_keeps_and_asks_after() {
+    let server = start().await;
+    let ask = || server.request("GET", "/").header("accept", "text/html,application/xhtml+xml,*/*;q=0.8");
+    let page = ask().send().await.unwrap();
+    let header = |name: &str| page.headers()[name].to_str().unwrap().to_owned();
+    assert_eq!((page.status().as_u16(), header("content-type").as_str()), (200, "text/html; charset=utf-8"));
+    assert_eq!((header("cache-control").as_str(), header("vary").as_str()), ("no-cache", "Accept"));
+    let policy = header("content-security-policy");
+    assert!(policy.starts_with("default-src 'none';") && policy.contains("connect-src 'self';"), "{policy}");
+    assert!(!policy.contains("unsafe") && !policy.contains("http"), "{policy}");
+    let tag = header("etag");
+    assert!(page.text().await.unwrap().starts_with("<!doctype html>"));
+    let again = ask().header("if-none-match", &tag).send().await.unwrap();
+    assert_eq!((again.status().as_u16(), again.headers()["etag"].to_str().unwrap()), (304, tag.as_str()));
+    assert_eq!(again.text().await.unwrap(), "");
+}
+
+#[tokio::test]
+async fn capabilities_are_told_once_the_model_is_loaded() {
+    let hooks = Hooks { capabilities: Some(Arc::new(|| None)), ..Hooks::default() };
+    let server = start_with(quick(), hooks).await;
+    let (status, reply) = server.get("/capabilities").await;
+    assert_eq!((status, &error(&reply)["code"]), (503, &json!("loading")));
+    let read = || Some(Capabilities::new(&Limits::default(), vec!["ink".into()]));
+    let hooks = Hooks { capabilities: Some(Arc::new(read)), ..Hooks::default() };
+    let server = start_with(Settings { api_key: Some(Secret::new("k")), ..quick() }, hooks).await;
+    assert_eq!(server.get("/capabilities").await.0, 401);
+    let (status, reply) = answer(server.request("GET", "/capabilities").header("authorization", "k")).await;
+    assert_eq!((status, &reply["loras"], &reply["width"]), (200, &json!(["ink"]), &json!(1024)));
+    assert_eq!(reply["schedulers"].as_array().unwrap().len(), 21);
 }
 
 // --- Realtime ---

@@ -359,9 +359,18 @@ def test_an_interrupted_run_leaves_nothing_half_written(tmp_path: Path):
 # --- Number formats ---------------------------------------------------------------------------------------------------
 
 
+def float32_graphs(folder: Path) -> Path:
+    """The graphs without those in 16 bits, which they have where there is a graphics card."""
+    graphs = copy_of(GRAPHS, folder)
+    manifest = json.loads((graphs / "manifest.json").read_text())
+    manifest["graphs"] = [entry for entry in manifest["graphs"] if entry["dtype"] == "float32"]
+    (graphs / "manifest.json").write_text(json.dumps(manifest))
+    return graphs
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_number_format_without_graphs_names_the_command_that_makes_them(tmp_path: Path, dtype: str):
-    graphs = copy_of(GRAPHS, tmp_path / "g")
+    graphs = float32_graphs(tmp_path / "g")
     result = run("generate", "--prompt", "a", "--dtype", dtype, "--graphs", graphs, cwd=tmp_path)
     error = error_of(result, 3, "no_matching_graph")
     assert f"dtype is float32, not {dtype}" in error["message"]
@@ -388,7 +397,7 @@ def float32_latents_from_noise_drawn_in(dtype: str) -> numpy.ndarray:
 def test_the_command_an_error_names_makes_graphs_that_compute_the_same_picture(
     tmp_path: Path, dtype: str, furthest: float
 ):
-    arguments = (*typed(), "--dtype", dtype, "--graphs", copy_of(GRAPHS, tmp_path / "g"))
+    arguments = (*typed(), "--dtype", dtype, "--graphs", float32_graphs(tmp_path / "g"))
     remedy = error_of(run("generate", *arguments, cwd=tmp_path), 3, "no_matching_graph")["remedy"]
     command = shlex.split(remedy.removeprefix("run: "))
     assert command[:2] == ["python", "torchscript/export.py"]
@@ -406,12 +415,13 @@ def test_the_command_an_error_names_makes_graphs_that_compute_the_same_picture(
 
 
 def test_the_doctor_finds_nothing_wrong_here(tmp_path: Path):
+    parameters = len(load_file(DEMO / "unet" / "diffusion_pytorch_model.safetensors"))
     result = run("doctor", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "FAILED" not in result.stdout
     for line in ("libtorch  ok", "device    ok", "graphs    ok", "model     ok"):
         assert line in result.stdout
-    for words in ("unet float32 (620 parameters)", "all weights bound on cpu float32", "128x128, euler"):
+    for words in (f"unet float32 ({parameters} parameters)", "all weights bound on cpu float32", "128x128, euler"):
         assert words in result.stdout
 
 

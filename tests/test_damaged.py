@@ -113,11 +113,11 @@ def test_weights_that_are_not_there_are_missing_by_every_name_that_was_tried(pla
 
 def test_a_wrong_shape_is_told_with_both_shapes(place: Place):
     header, data = read_safetensors(place.model / UNET)
-    assert header["conv_in.weight"]["shape"] == [16, 4, 3, 3]
-    header["conv_in.weight"]["shape"] = [3, 3, 4, 16]
+    assert header["conv_in.weight"]["shape"] == [48, 4, 3, 3]
+    header["conv_in.weight"]["shape"] = [3, 3, 4, 48]
     write_safetensors(place.model / UNET, header, data)
     error = place.fails(3, "weights_mismatch")
-    assert "1 mis-shaped: conv_in.weight is [3, 3, 4, 16], the graph wants [16, 4, 3, 3]" in error["message"]
+    assert "1 mis-shaped: conv_in.weight is [3, 3, 4, 48], the graph wants [48, 4, 3, 3]" in error["message"]
     assert "unet" in error["message"] and "export.py" in error["remedy"]
 
 
@@ -230,10 +230,10 @@ def test_files_that_all_carry_a_variant_are_found_without_being_asked_for(place:
 
 def test_a_variant_beside_the_plain_files_is_read_where_it_is_asked_for(place: Place, plain: numpy.ndarray):
     for path in list(place.model.rglob("*.safetensors")):
-        half = {name: tensor.astype(numpy.float16) for name, tensor in load_file(path).items()}
-        save_file(half, path.with_suffix(".fp16.safetensors"))
+        others = {name: (tensor * 1.001).astype(numpy.float16) for name, tensor in load_file(path).items()}
+        save_file(others, path.with_suffix(".fp16.safetensors"))
     assert distance(latents(place), plain) < SAME
-    assert 1e-5 < distance(latents(place, "--variant", "fp16"), plain) < 1e-2
+    assert 1e-5 < distance(latents(place, "--variant", "fp16"), plain) < 0.1
 
 
 def test_tensors_that_are_not_aligned_give_the_same_latents(place: Place, plain: numpy.ndarray):
@@ -266,8 +266,8 @@ def test_graphs_of_another_architecture_name_the_keys_and_the_command(place: Pla
     edit_json(place.model / "unet" / "config.json", cross_attention_dim=2048, norm_num_groups=4)
     error = place.fails(3, "no_matching_graph")
     assert "unet" in error["message"] and str(GRAPHS) in error["message"]
-    assert "cross_attention_dim is 72 in the graph, 2048 in the model" in error["message"]
-    assert "norm_num_groups is 8 in the graph, 4 in the model" in error["message"]
+    assert "cross_attention_dim is 128 in the graph, 2048 in the model" in error["message"]
+    assert "norm_num_groups is 16 in the graph, 4 in the model" in error["message"]
     assert "block_out_channels" not in error["message"]
     command = f"python torchscript/export.py --model {place.model} --dtype float32 --out {GRAPHS}"
     assert command in error["remedy"]

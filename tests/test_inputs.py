@@ -6,12 +6,9 @@ import base64
 import io
 import json
 import struct
-import subprocess
 import threading
 import urllib.request
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -19,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from program import PROGRAM, environment, error_of, pictures, run
+import program
+from program import error_of, pictures, run
 
 SMALL = {"prompt": "a fox", "num_inference_steps": 2, "seed": 3, "width": 64, "height": 64}
 
@@ -93,30 +91,15 @@ def worker_at(test_models) -> str:
         yield address
 
 
-@contextmanager
-def serving(test_models, *options: object, **variables: object) -> Iterator[tuple[str, list[str]]]:
+def serving(test_models, *options: object, **variables: object):
     """A worker's address, and the lines that it logs."""
     nets = [f"--controlnet={name}={test_models['default']}-{name}" for name in ("plain", "union")]
-    arguments = [PROGRAM, "serve", "--port", "0", "--model", test_models["default"], "--graphs", test_models["graphs"]]
-    process = subprocess.Popen(
-        [*map(str, arguments), *nets, *options],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(**variables),
-    )  # fmt: skip
-    address = next(line for line in process.stderr if line.startswith("listening on")).split()[-1]
-    logged: list[str] = []
-    reader = threading.Thread(target=lambda: logged.extend(process.stderr))
-    reader.start()
-    yield address, logged
-    process.terminate()
-    process.wait(timeout=30)
-    reader.join()
+    model = ("--model", test_models["default"], "--graphs", test_models["graphs"])
+    return program.serving(*model, *nets, *options, **variables)
 
 
 def ask(address: str, fields: dict) -> dict:
-    body = json.dumps({"input": SMALL | fields}).encode()
-    request = urllib.request.Request(f"{address}/runsync?wait=60000", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=90) as response:
-        return json.load(response)
+    return program.ask(address, SMALL | fields)
 
 
 def test_the_first_reply_and_the_metrics_tell_how_long_the_start_took(test_models):

@@ -1,7 +1,7 @@
 """Exports weightless TorchScript graphs for SDXL models, from their configuration files alone.
 
     python torchscript/export.py --arch sdxl --dtype float32 --out graphs
-    python torchscript/export.py --model models/tiny --dtype float16 --dtype bfloat16 --out graphs
+    python torchscript/export.py --model models/demo --dtype float16 --dtype bfloat16 --out graphs
     python torchscript/export.py --arch sdxl --dtype float16 --aot 1024x1024 --out graphs  # compiled for this GPU too
 
 Adds to the manifest that is in the folder. A graph that is already there, made by the same code and versions, is kept.

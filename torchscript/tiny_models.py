@@ -1,9 +1,9 @@
 """Writes a small SDXL of random weights in the Hub's file layout, the same bytes from the same script every time.
 
-    python torchscript/tiny_models.py --out models/tiny [--variant default|second|inpaint|refiner|lcm]
-    python torchscript/tiny_models.py --out models/net --controlnet plain|small|union|union8 [--variant default|second]
+    python torchscript/tiny_models.py --out DIR [--variant default|second|inpaint|refiner|lcm]
+    python torchscript/tiny_models.py --out DIR --controlnet plain|small|union|union8 [--variant default|second]
 
-`default` is the model the worker starts with when nobody names one. `second` is a different architecture in different
+`default` has SDXL's shape in small. `second` is a different architecture in different
 files (sharded, `variant` names, other key prefix), so that tests do not rest on one configuration. `inpaint` is
 `default` with a UNet that also takes a mask and a masked image, `refiner` has one text encoder and an aesthetic score,
 `lcm` a UNet that takes the guidance scale. With `--controlnet` it is a control net for the model.

@@ -72,6 +72,11 @@ const MODES: [&[&str]; 8] = [
     &["repaint", "inpaint"],
 ];
 
+/// The names of a union net's control types, by number.
+pub(super) fn mode_names(num_control_type: u32) -> impl Iterator<Item = &'static [&'static str]> {
+    MODES.into_iter().take(num_control_type as usize)
+}
+
 /// Strong enough to break any picture; a typing error is larger.
 const MAX_SCALE: f64 = 10.0;
 

@@ -4,6 +4,7 @@
 //! A request goes [`parse()`] (names and JSON types) then [`validate()`] (values and limits); nothing after that meets a
 //! default that is missing or a number out of range. Names are diffusers' names.
 
+mod capabilities;
 mod control;
 mod lora;
 mod lora_tags;
@@ -20,6 +21,7 @@ mod stages;
 mod validate;
 mod wording;
 
+pub use capabilities::{Capabilities, ControlNetChoice, ModeChoice, PreprocessorChoice, SchedulerChoice, Strengths};
 pub use control::{ControlNetFacts, ControlParams, FINGERPRINT, ScaleMode};
 pub use lora::{FileSource, LoraParams, LoraReport};
 pub use lora_tags::has_lora_tag;

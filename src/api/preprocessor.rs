@@ -58,6 +58,11 @@ const UNAVAILABLE: [&str; 26] = [
 ];
 
 impl Preprocessor {
+    /// Each of them, with the defaults of its parameters.
+    pub(super) fn all() -> [Preprocessor; NAMES.len()] {
+        NAMES.map(|name| Preprocessor::from_request(name, &Map::new(), "").expect("every name is known"))
+    }
+
     /// Reads `name` and `params`; `field` is the path of the object that holds them. A parameter that is absent or `null`
     /// has its default.
     ///

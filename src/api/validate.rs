@@ -85,11 +85,31 @@ impl Default for Limits {
     }
 }
 
+impl Limits {
+    pub(super) fn default_steps(&self, preset: Option<Preset>) -> i64 {
+        preset.map_or(30, Preset::num_inference_steps).min(i64::from(self.max_num_inference_steps))
+    }
+
+    pub(super) fn default_guidance_scale(&self, preset: Option<Preset>) -> f64 {
+        preset.map_or(5.0, |preset| preset.guidance_scale(self.has_embedded_guidance))
+    }
+}
+
+/// diffusers' defaults: each of its pipelines has its own.
+pub(super) fn default_strength(has_mask: bool, has_controls: bool) -> f64 {
+    match (has_mask, has_controls) {
+        (true, _) => 0.9999,
+        (false, true) => 0.8,
+        (false, false) => 0.3,
+    }
+}
+
 /// Pixels per latent: what sizes are multiples of.
 pub(super) const SIZE_STEP: u32 = 8;
-const MIN_SIDE: u32 = 64;
+pub(super) const MIN_SIDE: u32 = 64;
 /// The longest side a WebP file can have (16383), in steps of 8.
-const MAX_SIDE: u32 = 16_376;
+pub(super) const MAX_SIDE: u32 = 16_376;
+pub(super) const MAX_GUIDANCE_SCALE: f64 = 50.0;
 /// Sizes and crops that only condition the model; SDXL was trained on far smaller ones.
 const MAX_CONDITIONING_SIZE: i64 = 65_536;
 /// The smaller text encoder has 12 layers, of which the last is never used.
@@ -121,11 +141,12 @@ pub fn validate(request: GenerateRequest, limits: &Limits, pictures: Option<&Pic
     let asked_preset = request.preset.map(|name| Preset::from_name(&name)).transpose()?;
     let preset = asked_preset.unwrap_or(limits.preset);
     let max_steps = i64::from(limits.max_num_inference_steps);
-    let default_steps = preset.map_or(30, Preset::num_inference_steps).min(max_steps);
+    let default_steps = limits.default_steps(preset);
     let num_inference_steps =
         in_range("num_inference_steps", request.num_inference_steps.unwrap_or(default_steps), 1..=max_steps)? as usize;
-    let default_scale = preset.map_or(5.0, |preset| preset.guidance_scale(limits.has_embedded_guidance));
-    let guidance_scale = in_range("guidance_scale", request.guidance_scale.unwrap_or(default_scale), 0.0..=50.0)?;
+    let default_scale = limits.default_guidance_scale(preset);
+    let guidance_scale =
+        in_range("guidance_scale", request.guidance_scale.unwrap_or(default_scale), 0.0..=MAX_GUIDANCE_SCALE)?;
     let guidance_start = in_range("guidance_start", request.guidance_start.unwrap_or(0.0), 0.0..=1.0)?;
     let guidance_end = in_range("guidance_end", request.guidance_end.unwrap_or(1.0), guidance_start..=1.0)?;
     let guidance_rescale = in_range("guidance_rescale", request.guidance_rescale.unwrap_or(0.0), 0.0..=1.0)?;
@@ -363,11 +384,7 @@ impl InitRequest {
                 _ => self.without_mask().map(|()| None),
             };
         }
-        let default = match (self.has_mask, self.has_controls) {
-            (true, _) => 0.9999,
-            (false, true) => 0.8,
-            (false, false) => 0.3,
-        };
+        let default = default_strength(self.has_mask, self.has_controls);
         let strength = in_range("strength", self.strength.unwrap_or(default), 0.0..=1.0)?;
         let denoising_start = self.denoising_start.filter(|_| !self.has_refiner);
         if denoising_start.is_none() {

@@ -38,6 +38,7 @@ fn run(cli: &Cli) -> Result<()> {
     match &cli.command {
         Some(Command::Generate(options)) => commands::generate(&cli.engine, options),
         Some(Command::Preprocess(options)) => commands::preprocess(options),
+        Some(Command::Fetch) => commands::fetch(&cli.engine),
         Some(Command::Doctor(options)) => commands::doctor(&cli.engine, options),
         Some(Command::Bench(options)) => commands::bench(&cli.engine, options),
         Some(Command::Tokenize) => commands::tokenize(&cli.engine),

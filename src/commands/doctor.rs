@@ -2,7 +2,7 @@ use std::path::Path;
 
 use tch::Device;
 
-use super::{ColdStart, start_handler};
+use super::{ColdStart, deliver, start_handler};
 use crate::cli::{DoctorArgs, EngineArgs};
 use crate::config;
 use crate::context::JobContext;
@@ -23,11 +23,15 @@ pub fn doctor(arguments: &EngineArgs, options: &DoctorArgs) -> Result<()> {
     let libtorch = std::env::var("SDXL_WORKER_LIBTORCH").unwrap_or_else(|_| "found by the system's loader".into());
     line("libtorch", &Ok(format!("{} ({})", libtorch, cuda_build())));
     line("device", &Ok(devices()));
+    if let Some(obstacle) = device::obstacle() {
+        line("gpu", &Err(obstacle.to_string()));
+    }
     if let Some(free) = memory::available() {
         line("memory", &Ok(format!("{} free", memory::format_bytes(free))));
     }
 
-    let settings = config::devices(arguments).and_then(|devices| config::settings(arguments, &devices));
+    let here = deliver::find(arguments);
+    let settings = config::devices(arguments).and_then(|devices| config::settings(&here?, &devices));
     let graphs = settings.as_ref().map_err(brief).and_then(|settings| describe_graphs(&settings[0].graphs));
     line("graphs", &graphs);
     tch::jit::set_graph_executor_optimize(false);

@@ -1,7 +1,9 @@
 //! What the command line can do, one file each.
 
 mod bench;
+mod deliver;
 mod doctor;
+mod fetch;
 mod generate;
 mod preprocess;
 mod progress;
@@ -12,6 +14,7 @@ mod tokenize;
 
 pub use bench::bench;
 pub use doctor::doctor;
+pub use fetch::fetch;
 pub use generate::generate;
 pub use preprocess::preprocess;
 pub use run_once::run_once;
@@ -28,13 +31,14 @@ use serde_json::Value;
 use tch::Device;
 use tokio::task::spawn_blocking;
 
-use crate::api::Timings;
+use crate::api::{Capabilities, Timings};
 use crate::cli::EngineArgs;
 use crate::config;
 use crate::context::JobContext;
 use crate::engine::Engine;
 use crate::error::Result;
 use crate::handler::Handler;
+use crate::hub::{Delivered, Source};
 use crate::job::Runner;
 use crate::memory;
 use crate::pipeline::StableDiffusionXlPipeline;
@@ -42,7 +46,7 @@ use crate::pipeline::StableDiffusionXlPipeline;
 /// Loads the model that the options name on the first of the devices, and answers for it: for commands that run one job
 /// at a time.
 fn start_handler(arguments: &EngineArgs) -> Result<Handler> {
-    start_on(arguments, &config::devices(arguments)?[..1])
+    start_on(&deliver::deliver(arguments)?.0, &config::devices(arguments)?[..1])
 }
 
 fn start_on(arguments: &EngineArgs, devices: &[Device]) -> Result<Handler> {
@@ -58,18 +62,36 @@ fn start_on(arguments: &EngineArgs, devices: &[Device]) -> Result<Handler> {
     Ok(Handler::new(engine, config::limits(arguments), config::downloader(), config::adapters(arguments)))
 }
 
-/// What became of the start: how long its phases took, and the engines. Clones share it.
+/// What became of the start: how long its phases took, and who answers for the model. Clones share it.
 #[derive(Clone)]
 struct ColdStart {
     phases: Arc<Mutex<Vec<(&'static str, Duration)>>>,
-    engine: Arc<OnceLock<Engine>>,
+    /// Where the models came from.
+    delivered: Arc<OnceLock<Vec<Delivered>>>,
+    handler: Arc<OnceLock<Arc<Handler>>>,
 }
 
 impl ColdStart {
     /// To be called first: how old the process is by then was the loader's work on libtorch.
     fn begin() -> Self {
         let age = memory::process_age().map(|age| ("load_libtorch", age));
-        ColdStart { phases: Arc::new(Mutex::new(age.into_iter().collect())), engine: Arc::default() }
+        let phases = Arc::new(Mutex::new(age.into_iter().collect()));
+        ColdStart { phases, delivered: Arc::default(), handler: Arc::default() }
+    }
+
+    /// Remembers where the models came from, and counts what took time.
+    fn deliver(&self, delivered: Vec<Delivered>) {
+        let downloads = delivered.iter().filter(|model| model.source == Source::Download).map(|model| model.time);
+        let time: Duration = downloads.sum();
+        if !time.is_zero() {
+            self.phases.lock().expect("pushing does not panic").push(("download", time));
+        }
+        self.delivered.set(delivered).ok();
+    }
+
+    /// Where the models were found.
+    fn model_sources(&self) -> Vec<&'static str> {
+        self.delivered.get().into_iter().flatten().map(|model| model.source.name()).collect()
     }
 
     fn time<T>(&self, phase: &'static str, work: impl FnOnce() -> T) -> T {
@@ -97,12 +119,17 @@ impl ColdStart {
 
     /// How many engines take jobs.
     fn engines(&self) -> usize {
-        self.engine.get().map_or(0, Engine::count)
+        self.handler.get().map_or(0, |handler| handler.engine().count())
     }
 
     /// See [`Engine::calls`].
     fn calls(&self) -> BTreeMap<usize, u64> {
-        self.engine.get().map_or_else(BTreeMap::new, Engine::calls)
+        self.handler.get().map_or_else(BTreeMap::new, |handler| handler.engine().calls())
+    }
+
+    /// What requests may ask for, once the model is loaded.
+    fn capabilities(&self) -> Option<Capabilities> {
+        self.handler.get().map(|handler| handler.capabilities())
     }
 }
 
@@ -110,6 +137,8 @@ impl ColdStart {
 async fn load_runner(arguments: EngineArgs, start: ColdStart) -> Result<Arc<dyn Runner>> {
     let load = move || -> Result<Arc<dyn Runner>> {
         let devices = config::devices(&arguments)?;
+        let (arguments, delivered) = deliver::deliver(&arguments)?;
+        start.deliver(delivered);
         let handler = start.time("load_model", || start_on(&arguments, &devices))?;
         let requests: Vec<Value> = match &arguments.warm_up[..] {
             [] => vec![handler.warm_up()],
@@ -118,9 +147,10 @@ async fn load_runner(arguments: EngineArgs, start: ColdStart) -> Result<Arc<dyn 
         let warm_up = || requests.iter().try_for_each(|request| warm_up(&handler, devices.len(), request));
         start.time("warm_up", warm_up)?;
         start.include(handler.load_times());
-        start.engine.set(handler.engine().clone()).ok();
         handler.report_start(start.timings());
-        Ok(Arc::new(Arc::new(handler)))
+        let handler = Arc::new(handler);
+        start.handler.set(handler.clone()).ok();
+        Ok(Arc::new(handler))
     };
     spawn_blocking(load).await.map_err(anyhow::Error::from)?
 }

@@ -42,7 +42,7 @@ fn gpu_checks() -> Option<GpuChecks> {
             }
             Ok(())
         }),
-        cuda_version: Box::new(|| None),
+        cuda_version: Box::new(|| torch::cuda_versions().0),
         initialisation: Box::new(move || {
             torch::device_memory(Device::Cuda(0))?;
             Ok(())

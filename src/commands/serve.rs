@@ -45,6 +45,14 @@ pub fn serve(arguments: &EngineArgs, options: &ServeArgs) -> Result<()> {
             let start = start.clone();
             move || start.phases()
         })),
+        model_sources: Some(Arc::new({
+            let start = start.clone();
+            move || start.model_sources()
+        })),
+        capabilities: Some(Arc::new({
+            let start = start.clone();
+            move || start.capabilities()
+        })),
     };
     let load = load_runner(arguments.clone(), start);
     block_on(async move {

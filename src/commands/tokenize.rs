@@ -2,6 +2,7 @@ use std::io::{BufRead, stdin};
 
 use serde_json::json;
 
+use super::deliver;
 use crate::cli::EngineArgs;
 use crate::config;
 use crate::error::{Error, Result};
@@ -9,7 +10,7 @@ use crate::pipeline::ClipTokenizer;
 
 /// Reads a JSON string a line and prints the ids that both tokenizers give it: what the tests compare.
 pub fn tokenize(arguments: &EngineArgs) -> Result<()> {
-    let model = config::model(arguments)?;
+    let model = config::model(&deliver::find(arguments)?)?;
     let tokenizer = ClipTokenizer::load(&model.join("tokenizer"))?;
     let tokenizer_2 = ClipTokenizer::load(&model.join("tokenizer_2"))?;
     for line in stdin().lock().lines() {

@@ -11,6 +11,8 @@ use crate::schedulers::SchedulerConfig;
 pub struct ModelDir {
     path: PathBuf,
     index: Value,
+    /// A component from elsewhere.
+    other: Option<(&'static str, PathBuf)>,
 }
 
 impl ModelDir {
@@ -25,12 +27,23 @@ impl ModelDir {
             let message = format!("{} is a model of {class}", path.display());
             return Err(Error::setup("unsupported_model", message).remedy("give --model a Stable Diffusion XL model"));
         }
-        Ok(ModelDir { path: path.to_owned(), index })
+        Ok(ModelDir { path: path.to_owned(), index, other: None })
     }
 
-    /// What a person calls the model: its folder's name.
+    /// The same with a component from another folder.
+    pub fn with_component(self, name: &'static str, folder: &Path) -> Self {
+        ModelDir { other: Some((name, folder.to_owned())), ..self }
+    }
+
+    /// What a person calls the model: its repository in a cache of the Hub's, else its folder's name.
     pub fn name(&self) -> String {
-        self.path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_else(|| "model".into())
+        let mut folders = self.path.iter().rev().map(|name| name.to_string_lossy());
+        let folder = folders.next();
+        let repository = folders.find(|name| name.starts_with("models--"));
+        match repository.filter(|_| self.path.parent().is_some_and(|parent| parent.ends_with("snapshots"))) {
+            Some(repository) => repository["models--".len()..].replacen("--", "/", 1),
+            None => folder.map_or_else(|| "model".into(), |name| name.into_owned()),
+        }
     }
 
     pub fn path(&self) -> &Path {
@@ -38,7 +51,10 @@ impl ModelDir {
     }
 
     pub fn component(&self, name: &str) -> PathBuf {
-        self.path.join(name)
+        match &self.other {
+            Some((other, folder)) if *other == name => folder.clone(),
+            _ => self.path.join(name),
+        }
     }
 
     /// Whether the pipeline has this component: a refiner has no `text_encoder`.

@@ -116,6 +116,13 @@ impl AdapterFiles {
         self.settings.any_path = true;
     }
 
+    /// Names of the files in the folders that requests name.
+    pub fn names(&self) -> Vec<String> {
+        let mut names = self.folders.list(".safetensors");
+        names.sort_unstable();
+        names
+    }
+
     /// The file that `source` means; with `sha256` it must have this content. `field` is the source's path in the request.
     ///
     /// # Errors
@@ -302,14 +309,14 @@ impl AdapterFiles {
 }
 
 /// `org/name[@revision][/file]`.
-struct HubFile<'a> {
-    repository: &'a str,
-    revision: &'a str,
-    file: Option<&'a str>,
+pub(crate) struct HubFile<'a> {
+    pub(crate) repository: &'a str,
+    pub(crate) revision: &'a str,
+    pub(crate) file: Option<&'a str>,
 }
 
 impl<'a> HubFile<'a> {
-    fn parse(text: &'a str) -> Option<HubFile<'a>> {
+    pub(crate) fn parse(text: &'a str) -> Option<HubFile<'a>> {
         let plain =
             |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '/' | '@' | ' ' | '(' | ')' | '+');
         if !text.chars().all(plain) || text.split('/').any(|part| matches!(part, "" | "." | "..")) {

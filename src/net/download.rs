@@ -109,6 +109,20 @@ impl Downloader {
         (endpoint, Downloader { trusted, ..self.clone() })
     }
 
+    /// The Hub's address, and what fetches the models that the operator named there: as large as they are, through the
+    /// operator's proxies. `token` is for where `HF_TOKEN` is not set.
+    pub(crate) fn for_models(&self, token: Option<String>) -> (String, Downloader) {
+        let (endpoint, _) = self.for_hub();
+        let settings = Settings {
+            max_bytes: u64::MAX,
+            idle_timeout: Duration::from_secs(30),
+            tries: 5,
+            hub_token: self.settings.hub_token.clone().or(token.map(Secret)),
+            ..self.settings.clone()
+        };
+        (endpoint, Downloader::new(self.guard.opened(), settings))
+    }
+
     /// The bytes behind a picture or file field: an `http` or `https` address, a data URI, or bare base64. `field` is its
     /// path in the request. Decoding base64 takes about a millisecond per megabyte.
     ///
@@ -137,7 +151,7 @@ impl Downloader {
         result.map_err(|error| error.field(field))
     }
 
-    pub(super) async fn fetch_small(&self, url: &Url, max_bytes: u64) -> Result<Download, Failure> {
+    pub(crate) async fn fetch_small(&self, url: &Url, max_bytes: u64) -> Result<Download, Failure> {
         let max_bytes = max_bytes.min(self.settings.max_bytes);
         match timeout(self.settings.total_timeout, self.try_repeatedly(url, max_bytes)).await {
             Ok(result) => result,
@@ -193,7 +207,7 @@ impl Downloader {
 
     /// The first answer that is no redirect, whatever its status. A token goes along as long as the redirects stay where
     /// they began, `headers` all the way.
-    pub(super) async fn follow(&self, first: &Url, headers: &HeaderMap) -> Result<Response, Failure> {
+    pub(crate) async fn follow(&self, first: &Url, headers: &HeaderMap) -> Result<Response, Failure> {
         let origin = first.origin();
         let mut token = self.tokens.iter().find(|(owner, _)| *owner == origin).map(|(_, token)| token);
         let mut url = first.clone();
@@ -217,7 +231,7 @@ impl Downloader {
     }
 
     /// An answer or a piece of it, if it comes before the host counts as silent.
-    pub(super) async fn in_time<T>(
+    pub(crate) async fn in_time<T>(
         &self,
         url: &Url,
         part: impl Future<Output = reqwest::Result<T>>,
@@ -239,7 +253,7 @@ impl Downloader {
 
 /// Whether trying again may help.
 #[derive(Debug)]
-pub(super) enum Failure {
+pub(crate) enum Failure {
     /// There was no answer, or one that says "later".
     Passing(Error),
     /// The host says no.
@@ -248,7 +262,7 @@ pub(super) enum Failure {
 }
 
 impl Failure {
-    fn into_error(self) -> Error {
+    pub(crate) fn into_error(self) -> Error {
         match self {
             Failure::Passing(error) | Failure::Refused(_, error) | Failure::Final(error) => error,
         }
@@ -272,7 +286,7 @@ pub(super) fn host(url: &Url) -> &str {
 
 /// # Errors
 /// `download_failed`, unless the answer says that it has what was asked for.
-pub(super) fn success(response: &Response) -> Result<(), Failure> {
+pub(crate) fn success(response: &Response) -> Result<(), Failure> {
     let url = response.url();
     let status = response.status();
     if status.is_success() {

@@ -14,8 +14,10 @@ mod s3;
 use std::fmt;
 
 pub use adapter_cache::{AdapterCache, Stored};
+pub(crate) use adapters::HubFile;
 pub use adapters::{AdapterFile, AdapterFiles, AdapterSettings};
 pub use download::{Download, Downloader, Settings as DownloadSettings, from_inline};
+pub(crate) use download::{Failure, success};
 pub use guard::{Guard, Lookup, LookupFuture, Settings as GuardSettings, is_global, refusal, system_lookup};
 pub use paths::Folders;
 pub use proxy::Proxies;
@@ -49,7 +51,7 @@ fn variable(get: &impl Fn(&str) -> Option<String>, name: &str) -> Option<String>
 
 /// How long to wait before the try after this one: 0.25 s, 0.5 s, ..., and up to half as much again, so that workers
 /// that failed together do not come back together.
-fn back_off(failed: u32) -> std::time::Duration {
+pub(crate) fn back_off(failed: u32) -> std::time::Duration {
     let base = 250 << failed.saturating_sub(1).min(6);
     std::time::Duration::from_millis(base + fastrand::u64(0..=base / 2))
 }

@@ -9,7 +9,7 @@ use super::denoise::is_finite;
 use super::{Run, StableDiffusionXlPipeline, VaeTiling, image_processor, load_vae};
 use crate::context::Progress;
 use crate::error::{Error, ErrorClass, Result};
-use crate::models::{ModelDir, Vae};
+use crate::models::Vae;
 use crate::torch::Mark;
 
 impl StableDiffusionXlPipeline {
@@ -57,7 +57,7 @@ impl StableDiffusionXlPipeline {
         if let Some(vae) = self.vae_float32.get() {
             return Ok(vae);
         }
-        let (model, graphs) = (ModelDir::open(&self.settings.model)?, self.settings.open_graphs()?);
+        let (model, graphs) = (self.settings.open_model()?, self.settings.open_graphs()?);
         let vae = load_vae(&self.settings_now(), &model, &graphs, &self.vae_config, Kind::Float)?;
         Ok(self.vae_float32.get_or_init(|| vae))
     }

@@ -54,6 +54,8 @@ pub use tokenizer::{ClipTokenizer, TokenIds};
 #[derive(Debug, Clone)]
 pub struct Settings {
     pub model: PathBuf,
+    /// In place of the model's own.
+    pub vae: Option<PathBuf>,
     pub graphs: PathBuf,
     /// Use graphs that were compiled ahead of time, where they fit.
     pub aot: bool,
@@ -89,6 +91,14 @@ pub struct Settings {
 }
 
 impl Settings {
+    fn open_model(&self) -> Result<ModelDir> {
+        let model = ModelDir::open(&self.model)?;
+        Ok(match &self.vae {
+            Some(vae) => model.with_component("vae", vae),
+            None => model,
+        })
+    }
+
     fn open_graphs(&self) -> Result<GraphSet> {
         let graphs = GraphSet::open(&self.graphs)?;
         Ok(if self.aot { graphs } else { graphs.without_packages() })
@@ -240,7 +250,7 @@ impl StableDiffusionXlPipeline {
 
     fn load_once(settings: Settings) -> Result<Self> {
         keep_captured_calls(settings.cuda_graphs);
-        let model = ModelDir::open(&settings.model)?;
+        let model = settings.open_model()?;
         let graphs = settings.open_graphs()?;
         let vae_config = model.config("vae")?;
         let (kind, device) = (settings.kind, settings.device);
@@ -319,7 +329,7 @@ impl StableDiffusionXlPipeline {
         }
         let encodes = params.init.is_some() || params.hires.as_ref().is_some_and(|hires| hires.upscaler.needs_pixels());
         if encodes && self.vae_encoder.is_none() {
-            let (model, graphs) = (ModelDir::open(&self.settings.model)?, self.settings.open_graphs()?);
+            let (model, graphs) = (self.settings.open_model()?, self.settings.open_graphs()?);
             // diffusers encodes in float32 wherever `force_upcast` says so, also where it decodes in bfloat16
             let upcast = if force_upcast(&self.vae_config) { Kind::Float } else { self.settings.kind };
             let kind = self.settings.vae_kind.unwrap_or(upcast);

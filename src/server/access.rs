@@ -34,7 +34,7 @@ pub(super) async fn check(State(jobs): State<Arc<Jobs>>, request: Request, next:
     if let Some(origin) = allowed_origin {
         let headers = response.headers_mut();
         headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
-        headers.insert(header::VARY, HeaderValue::from_static("Origin"));
+        headers.append(header::VARY, HeaderValue::from_static("Origin"));
         if is_preflight {
             let methods = HeaderValue::from_static("GET, POST");
             let names = HeaderValue::from_static("authorization, content-type");

@@ -34,6 +34,7 @@ pub(super) struct Metrics {
     engines: Gauge,
     unet_calls: Family<Label, Counter>,
     cold_start: Family<Label, Seconds>,
+    models: Family<Label, Gauge>,
 }
 
 /// What is read off the job table when somebody asks.
@@ -57,6 +58,7 @@ impl Metrics {
             engines: Gauge::default(),
             unet_calls: Family::default(),
             cold_start: Family::default(),
+            models: Family::default(),
         };
         // so that a rate can be computed from the first job on
         for status in [Status::Completed, Status::Failed, Status::Cancelled, Status::TimedOut] {
@@ -72,6 +74,7 @@ impl Metrics {
         registry.register("engines", "Devices that take jobs", metrics.engines.clone());
         registry.register("unet_calls", "UNet calls that jobs may share, by images", metrics.unet_calls.clone());
         registry.register("cold_start_seconds", "Duration of the phases of the start", metrics.cold_start.clone());
+        registry.register("models", "Models and ControlNets, by where they were found", metrics.models.clone());
         metrics
     }
 
@@ -107,6 +110,11 @@ impl Metrics {
         }
         for (phase, duration) in hooks.cold_start.iter().flat_map(|read| read()) {
             self.cold_start.get_or_create(&[("phase", phase.into())]).set(duration.as_secs_f64());
+        }
+        let sources = hooks.model_sources.as_ref().map(|read| read()).unwrap_or_default();
+        for source in &sources {
+            let count = sources.iter().filter(|other| *other == source).count();
+            self.models.get_or_create(&[("source", (*source).into())]).set(count as i64);
         }
         let mut text = String::new();
         encode(&mut text, &self.registry).expect("a string takes all that is written");

@@ -9,6 +9,7 @@ mod jobs;
 mod lifecycle;
 mod metrics;
 mod openapi;
+mod page;
 mod refusal;
 mod settings;
 mod table;
@@ -38,8 +39,8 @@ use crate::error::{Error, ErrorClass, Result};
 use jobs::{Jobs, Mode, Ticket};
 use refusal::Refusal;
 pub use settings::{
-    Boxed, ColdStart, CountCalls, CountEngines, Encode, Finished, GpuMemory, Hooks, PostWebhook, ReadGpuMemory,
-    RunnerState, Settings,
+    Boxed, ColdStart, CountCalls, CountEngines, Encode, Finished, GpuMemory, Hooks, ModelSources, PostWebhook,
+    ReadCapabilities, ReadGpuMemory, RunnerState, Settings,
 };
 pub use wire::Status;
 use wire::{BodyProblem, PurgeReply, RealtimeReply, RealtimeRequest, RequestsReply, RunRequest};
@@ -173,6 +174,7 @@ fn router(jobs: &Arc<Jobs>) -> Router {
         .nest("/{endpoint}", endpoint())
         .nest("/v2/{endpoint}", endpoint())
         .route("/", get(index))
+        .route("/capabilities", get(capabilities))
         .route("/docs", get(|| async { Redirect::temporary("/") }))
         .route("/openapi.json", get(openapi_document))
         .route("/metrics", get(metrics_text))
@@ -335,11 +337,22 @@ async fn openapi_document(State(jobs): Server) -> Response {
     Json(openapi::document(&jobs.settings)).into_response()
 }
 
-async fn index() -> Response {
+async fn capabilities(State(jobs): Server) -> Answer {
+    let read = jobs.hooks.capabilities.clone();
+    let capabilities = tokio::task::spawn_blocking(move || read.and_then(|read| read())).await;
+    let capabilities = capabilities.map_err(anyhow::Error::from).map_err(Error::from)?;
+    Ok(Json(capabilities.ok_or_else(Refusal::loading)?).into_response())
+}
+
+/// The page to a browser, the names of the routes to others.
+async fn index(headers: HeaderMap) -> Response {
+    if page::is_wanted(&headers) {
+        return page::answer(&headers);
+    }
     let routes: Vec<String> = openapi::ROUTES.iter().map(|route| format!("{} {}", route.methods, route.path)).collect();
     let version = env!("CARGO_PKG_VERSION");
-    Json(json!({ "name": "sdxl-worker", "version": version, "openapi": "/openapi.json", "routes": routes }))
-        .into_response()
+    let index = json!({ "name": "sdxl-worker", "version": version, "openapi": "/openapi.json", "routes": routes });
+    ([(header::VARY, "Accept")], Json(index)).into_response()
 }
 
 // --- Bodies ---

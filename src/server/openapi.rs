@@ -9,6 +9,7 @@ use super::wire::{
     ErrorReply, HealthReply, JobState, JobStatus, PurgeReply, RealtimeReply, RealtimeRequest, RequestsReply,
     RunRequest, StreamReply,
 };
+use crate::api::Capabilities;
 
 pub(super) struct Route {
     /// Separated by a space.
@@ -77,6 +78,15 @@ pub(super) static ROUTES: &[Route] = &[
         refusals: SUBMIT,
         ..route("POST", "/realtime", Answer::Json(schema::<RealtimeReply>), "Run a job and get its bare result")
     },
+    Route {
+        refusals: &[503],
+        ..route(
+            "GET",
+            "/capabilities",
+            Answer::Json(schema::<Capabilities>),
+            "What a request may ask for, and defaults",
+        )
+    },
     route("GET", "/ping", Answer::Other("application/json"), "200 takes jobs, 204 loads, 503 does not work"),
     route("GET", "/metrics", Answer::Other("application/openmetrics-text"), "Numbers for Prometheus"),
     route("GET", "/openapi.json", Answer::Other("application/json"), "This description"),
@@ -101,8 +111,8 @@ pub(super) fn document(settings: &Settings) -> Value {
         "info": {
             "title": "sdxl-worker",
             "version": env!("CARGO_PKG_VERSION"),
-            "description": "Stable Diffusion XL behind RunPod's endpoint API. All routes but /ping, /metrics and \
-                /openapi.json are also there below /{endpoint} and /v2/{endpoint}, with any name.",
+            "description": "Stable Diffusion XL behind RunPod's endpoint API. All routes but /capabilities, \
+                /ping, /metrics and /openapi.json are also there below /{endpoint} and /v2/{endpoint}, with any name.",
         },
         "servers": [
             { "url": "/" },
@@ -169,7 +179,7 @@ fn reason(status: u16) -> &'static str {
         413 => "The body is too large",
         422 => "The body is not as it should be",
         429 => "The queue is full",
-        503 => "The server is stopping",
+        503 => "The server is stopping, or the model is being loaded",
         _ => "Refused",
     }
 }

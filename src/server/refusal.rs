@@ -29,6 +29,14 @@ impl Refusal {
         Refusal::new(StatusCode::NOT_FOUND, ErrorClass::NotFound, "job_not_found", message)
     }
 
+    pub(super) fn loading() -> Self {
+        let message = "the model is being loaded";
+        let status = StatusCode::SERVICE_UNAVAILABLE;
+        let mut refusal = Refusal::new(status, ErrorClass::Overloaded, "loading", message);
+        refusal.error.remedy = Some("ask again in a second".into());
+        refusal
+    }
+
     pub(super) fn body_too_large(limit: usize) -> Self {
         let message = format!("the body may have {limit} bytes");
         let mut refusal = Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, ErrorClass::TooLarge, "body_too_large", message);

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use crate::api::Capabilities;
 use crate::error::{Error, Result};
 use crate::job::{Reply, Runner};
 use crate::net::Secret;
@@ -118,6 +119,10 @@ pub struct Hooks {
     pub unet_calls: Option<CountCalls>,
     /// Read at each `/metrics`: how long the phases of the start took, those that are over.
     pub cold_start: Option<ColdStart>,
+    /// Read at each `/metrics`: where each model was found.
+    pub model_sources: Option<ModelSources>,
+    /// Read at each `/capabilities`, where blocking is allowed; `None` from it while the model is loaded.
+    pub capabilities: Option<ReadCapabilities>,
 }
 
 pub type Encode = Arc<dyn Fn(Finished) -> Boxed<Result<Value>> + Send + Sync>;
@@ -140,7 +145,11 @@ pub type CountEngines = Arc<dyn Fn() -> usize + Send + Sync>;
 
 pub type CountCalls = Arc<dyn Fn() -> BTreeMap<usize, u64> + Send + Sync>;
 
+pub type ModelSources = Arc<dyn Fn() -> Vec<&'static str> + Send + Sync>;
+
 pub type ColdStart = Arc<dyn Fn() -> Vec<(&'static str, Duration)> + Send + Sync>;
+
+pub type ReadCapabilities = Arc<dyn Fn() -> Option<Capabilities> + Send + Sync>;
 
 #[derive(Debug, Clone, Copy)]
 pub struct GpuMemory {

@@ -76,6 +76,7 @@ unsafe extern "C" {
         context: *mut c_void,
         sink: TensorSink,
     ) -> *mut c_char;
+    pub(super) fn shim_cuda_versions(driver: *mut c_int, build: *mut c_int);
     pub(super) fn shim_compute_capability(device: c_int, major: *mut c_int, minor: *mut c_int) -> *mut c_char;
     pub(super) fn shim_generator_new(seed: u64, out: *mut *mut Generator) -> *mut c_char;
     pub(super) fn shim_generator_free(generator: *mut Generator);

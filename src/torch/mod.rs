@@ -90,6 +90,18 @@ pub fn version() -> &'static str {
     unsafe { std::ffi::CStr::from_ptr(ffi::shim_torch_version()) }.to_str().expect("a version is ASCII")
 }
 
+/// Major and minor number of a release of CUDA.
+pub type CudaVersion = (u32, u32);
+
+/// The newest CUDA that the installed driver runs, and the one that libtorch was built with. `None` where there is none.
+pub fn cuda_versions() -> (Option<CudaVersion>, Option<CudaVersion>) {
+    let (mut driver, mut build) = (0, 0);
+    // SAFETY: both are valid for the write.
+    unsafe { ffi::shim_cuda_versions(&mut driver, &mut build) };
+    let version = |number: i32| u32::try_from(number).ok().filter(|&n| n > 0).map(|n| (n / 1000, n % 1000 / 10));
+    (version(driver), version(build))
+}
+
 /// Major and minor number of a CUDA device's architecture: 9 and 0 for `sm_90`.
 pub fn compute_capability(index: usize) -> Result<(i32, i32)> {
     let (mut major, mut minor) = (0, 0);

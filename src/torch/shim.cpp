@@ -308,6 +308,17 @@ char* shim_package_run(
   });
 }
 
+// CUDA's releases, as 1000 * major + 10 * minor: the newest that the driver runs, and that of libtorch. 0: there is none.
+void shim_cuda_versions(int* driver, int* build) {
+  *driver = *build = 0;
+  auto ask = [](const char* name, int* version) {
+    auto function = reinterpret_cast<int (*)(int*)>(dlsym(RTLD_DEFAULT, name));
+    if (function && function(version)) *version = 0;
+  };
+  ask("cudaDriverGetVersion", driver);
+  ask("cudaRuntimeGetVersion", build);
+}
+
 // Major and minor number of a CUDA device's architecture. The runtime comes with libtorch, its headers do not.
 char* shim_compute_capability(int device, int* major, int* minor) {
   return guarded([=] {

@@ -105,15 +105,18 @@ pub fn read_ahead(components: Vec<(PathBuf, Vec<Option<String>>)>) {
     drop(components);
 }
 
-/// The files that hold the weights: for each variant the single file, then the shards that an index names.
-fn find_files(dir: &Path, variants: &[Option<&str>]) -> Result<Vec<PathBuf>> {
+/// The file that holds the weights, or the index that names their shards: of the first variant that is there.
+///
+/// # Errors
+/// The names that were looked for.
+pub fn weight_files(variants: &[Option<&str>], exists: impl Fn(&str) -> bool) -> Result<String, Vec<String>> {
     let mut tried = Vec::new();
     for variant in variants {
         for stem in ["diffusion_pytorch_model", "model"] {
             let variant_dot = variant.map(|v| format!(".{v}")).unwrap_or_default();
-            let single = dir.join(format!("{stem}{variant_dot}.safetensors"));
-            if single.is_file() {
-                return Ok(vec![single]);
+            let single = format!("{stem}{variant_dot}.safetensors");
+            if exists(&single) {
+                return Ok(single);
             }
             tried.push(single);
             // two ways of naming an index with a variant have been written
@@ -121,16 +124,25 @@ fn find_files(dir: &Path, variants: &[Option<&str>]) -> Result<Vec<PathBuf>> {
                 format!("{stem}.safetensors.index{variant_dot}.json"),
                 format!("{stem}{variant_dot}.safetensors.index.json"),
             ] {
-                let index = dir.join(index);
-                if index.is_file() {
-                    return shards(dir, &index);
+                if exists(&index) {
+                    return Ok(index);
                 }
             }
         }
     }
-    let names = tried.iter().filter_map(|p| p.file_name()).map(|n| n.to_string_lossy()).collect::<Vec<_>>().join(", ");
-    Err(Error::setup("weights_missing", format!("{} holds no weights; looked for {names}", dir.display()))
-        .remedy("check --model and --variant; only safetensors files are read"))
+    Err(tried)
+}
+
+fn find_files(dir: &Path, variants: &[Option<&str>]) -> Result<Vec<PathBuf>> {
+    match weight_files(variants, |name| dir.join(name).is_file()) {
+        Ok(index) if index.ends_with(".json") => shards(dir, &dir.join(index)),
+        Ok(single) => Ok(vec![dir.join(single)]),
+        Err(tried) => {
+            let message = format!("{} holds no weights; looked for {}", dir.display(), tried.join(", "));
+            Err(Error::setup("weights_missing", message)
+                .remedy("check --model and --variant; only safetensors files are read"))
+        }
+    }
 }
 
 fn shards(dir: &Path, index: &Path) -> Result<Vec<PathBuf>> {

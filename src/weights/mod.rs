@@ -15,7 +15,7 @@ use tch::{Device, Kind, Tensor};
 use crate::error::{Error, Result};
 use crate::torch::Module;
 
-pub use checkpoint::{Checkpoint, read_ahead};
+pub use checkpoint::{Checkpoint, read_ahead, weight_files};
 use fused::Fused;
 pub use fused::Sources;
 pub(crate) use home::{InUse, in_use, unbind};

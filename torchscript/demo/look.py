@@ -17,6 +17,7 @@ from scipy import ndimage
 import world
 
 FAR = 55.0  # how far a colour is from the background's, at least, to be a thing's
+FLOOR_FAR = 40.0  # the same for the floor's colour
 LIGHTS = (0.62, 1.12)  # between what shares of its colour a thing is shaded
 TEMPLATE = 40  # pixels a side
 SIZE_LIMIT, PERSON_LIMIT = 21.5, 32.0  # half extents in pixels, between small and large
@@ -51,8 +52,16 @@ def background_of(picture: np.ndarray) -> str:
 
 
 def things_mask(picture: np.ndarray, background: str) -> np.ndarray:
-    difference = picture.astype(np.float64) - world.BACKGROUNDS[background]
-    return np.linalg.norm(difference, axis=-1) > FAR
+    """What is neither background nor, where there is one, floor."""
+    pixels = picture.astype(np.float64)
+    base = np.array(world.BACKGROUNDS[background], np.float64)
+    mask = np.linalg.norm(pixels - base, axis=-1) > FAR
+    floor = {"floor": tuple(base * world.FLOOR + world.FLOOR_GLOW)}
+    distances = color_distances(pixels.reshape(-1, 3), floor, world.FLOOR_LIGHTS).reshape(mask.shape)
+    corners = np.concatenate([distances[-8:, :16], distances[-8:, -16:]])
+    if (corners < FLOOR_FAR).mean() > 0.5:
+        mask &= distances > FLOOR_FAR
+    return mask
 
 
 def look(picture: np.ndarray) -> Seen | None:

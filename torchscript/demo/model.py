@@ -91,7 +91,7 @@ def embed(parts: nn.ModuleDict, ids: torch.Tensor, ids_2: torch.Tensor) -> tuple
 
 
 def conditions(pooled: torch.Tensor) -> dict[str, torch.Tensor]:
-    sizes = torch.tensor([world.SIZE, world.SIZE, 0, 0, world.SIZE, world.SIZE], dtype=pooled.dtype)
+    sizes = torch.tensor([world.SIZE, world.SIZE, 0, 0, world.SIZE, world.SIZE], dtype=pooled.dtype, device=pooled.device)
     return {"text_embeds": pooled, "time_ids": sizes.expand(len(pooled), 6)}
 
 

@@ -4,8 +4,9 @@
     python torchscript/demo/train.py vae unet             these stages
 
 A stage writes a checkpoint to the work folder every 500 steps and goes on from it; a sheet of samples is there too. The
-stages, each resting on what the ones before wrote: `vae`; `unet` with both text encoders; `union` and `canny`,
-the control nets; `lora`, outlines. On two CPU cores they take hours.
+stages, each resting on what the ones before wrote: `vae`; `unet` with both text encoders; `polish`, more of the same in
+larger batches; `union` and `canny`, the control nets; `lora`, outlines; `decoder`, the VAE's other half, sharper. On two
+CPU cores they take hours; a GPU is used where there is one.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import argparse
 import math
 import multiprocessing
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +41,8 @@ CAPTIONS = 4  # different ones of each scene
 CROP = 64  # pixels; enough to learn a VAE from
 DECAY = 0.999  # of the averaged weights
 NO_TEXT = 0.1  # the share of samples without a prompt, for guidance
-SNR = 5.0  # signal-to-noise ratios above this count less
+SNR = 25.0  # signal-to-noise ratios above this count less
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHEET_PROMPTS = [
     "a large red star on a blue background, left",
     "a small green circle on a white background, right",
@@ -59,14 +62,17 @@ class Stage:
     steps: int
     batch: int
     rate: float
+    bfloat16: bool = False
 
 
 STAGES = {
     "vae": Stage(8_000, 8, 2e-3),
     "unet": Stage(12_000, 16, 1e-3),
-    "union": Stage(5_000, 24, 1e-3),
-    "canny": Stage(2_000, 24, 1e-3),
-    "lora": Stage(800, 32, 2e-3),
+    "polish": Stage(5_000, 32, 8e-4),
+    "union": Stage(4_000, 16, 1e-3),
+    "canny": Stage(2_000, 16, 1e-3),
+    "lora": Stage(800, 16, 2e-3),
+    "decoder": Stage(3_000, 8, 5e-4),
 }
 
 Loss = Callable[[np.random.Generator, torch.Generator, int], torch.Tensor]
@@ -74,13 +80,14 @@ Loss = Callable[[np.random.Generator, torch.Generator, int], torch.Tensor]
 
 def fit(name: str, stage: Stage, work: Path, module: nn.Module, loss: Loss) -> None:
     """Trains what requires a gradient; leaves the average of the last steps' weights in the module."""
+    module.to(DEVICE)
     parameters = {key: p for key, p in module.named_parameters() if p.requires_grad}
     average = {key: p.detach().clone() for key, p in parameters.items()}
     optimizer = torch.optim.AdamW(parameters.values(), lr=stage.rate, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
     file = work / f"{name}.checkpoint.pt"
     first = 0
     if file.exists():
-        saved = torch.load(file)
+        saved = torch.load(file, map_location=DEVICE)
         first, average = saved["step"], saved["average"]
         module.load_state_dict(saved["weights"], strict=False)
         optimizer.load_state_dict(saved["optimizer"])
@@ -90,7 +97,8 @@ def fit(name: str, stage: Stage, work: Path, module: nn.Module, loss: Loss) -> N
         for group in optimizer.param_groups:
             warm = min(1.0, (step + 1) / 200)
             group["lr"] = stage.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / stage.steps)))
-        value = loss(np.random.default_rng([SEED, step]), torch.Generator().manual_seed(SEED + step), stage.batch)
+        with mixed_precision() if stage.bfloat16 else nullcontext():
+            value = loss(np.random.default_rng([SEED, step]), torch.Generator().manual_seed(SEED + step), stage.batch)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(parameters.values(), 1.0)
@@ -104,6 +112,23 @@ def fit(name: str, stage: Stage, work: Path, module: nn.Module, loss: Loss) -> N
             state = {"average": average, "weights": parameters, "optimizer": optimizer.state_dict()}
             save(file, {"step": step + 1} | state)
     module.load_state_dict(average, strict=False)
+    module.cpu()
+
+
+@contextmanager
+def mixed_precision() -> Iterator[None]:
+    """Convolutions and products in bfloat16, if asked for. A CPU's attention is faster in float32."""
+    attention = F.scaled_dot_product_attention
+
+    def in_float32(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
+        with torch.autocast(DEVICE.type, enabled=False):
+            return attention(query.float(), key.float(), value.float(), **options)
+
+    if DEVICE.type == "cpu":
+        F.scaled_dot_product_attention = in_float32
+    with torch.autocast(DEVICE.type, torch.bfloat16, cache_enabled=False):
+        yield
+    F.scaled_dot_product_attention = attention
 
 
 def save(path: Path, value: object) -> None:
@@ -158,28 +183,15 @@ def drawn(work: Path, name: str, what: Callable[[world.Scene], np.ndarray], of: 
 
 def to_tensor(images: np.ndarray, low: float = -1.0) -> torch.Tensor:
     """uint8 (N, H, W, 3) to float32 (N, 3, H, W) from `low` to 1."""
-    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 255 * (1 - low) + low
+    return torch.from_numpy(np.array(images)).to(DEVICE).permute(0, 3, 1, 2).float() / 255 * (1 - low) + low
 
 
 @torch.no_grad()
 def encode(vae: nn.Module, images: np.ndarray) -> torch.Tensor:
     """The pictures' latents as the UNet sees them, float32 (N, 4, 16, 16)."""
     batches = tqdm(range(0, len(images), 64), desc="latents", mininterval=5)
-    means = [vae.encode(to_tensor(images[i : i + 64])).latent_dist.mean for i in batches]
-    return torch.cat(means) * model.SCALING
-
-
-class Prompts:
-    """Captions of scenes as token ids, several of each: int64 (N * captions, 77) for each encoder."""
-
-    def __init__(self, of: list[world.Scene], work: Path, place: float = 1.0) -> None:
-        rng = np.random.default_rng(SEED)
-        texts = [world.caption(scene, rng, place=rng.random() < place) for scene in of for _ in range(CAPTIONS)]
-        self.ids, self.ids_2 = tokenize(work, texts)
-
-    def pick(self, rows: np.ndarray, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        at = torch.from_numpy(rows * CAPTIONS + rng.integers(CAPTIONS, size=len(rows)))
-        return self.ids[at], self.ids_2[at]
+    vae.to(DEVICE)
+    return torch.cat([vae.encode(to_tensor(images[i : i + 64])).latent_dist.mean for i in batches]) * model.SCALING
 
 
 def tokenize(work: Path, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,9 +210,24 @@ def tokenize(work: Path, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train_vae(stage: Stage, work: Path, out: Path) -> None:
+    vae = model.vae()
+    images = fit_vae("vae", vae, stage, work)
+    standardize(vae, images[:512])
+    model.save_vae(out, vae.cpu())
+
+
+def train_decoder(stage: Stage, work: Path, out: Path) -> None:
+    vae = model.load_vae(out)
+    vae.decoder.requires_grad_(True)
+    vae.post_quant_conv.requires_grad_(True)
+    fit_vae("decoder", vae, stage, work)
+    model.save_vae(out, vae)
+
+
+def fit_vae(name: str, vae: nn.Module, stage: Stage, work: Path) -> np.ndarray:
+    """Returns the pictures that it learned from."""
     of = scenes(SCENES, 0)
     images = drawn(work, "scenes", picture, of)
-    vae = model.vae()
 
     def crop(rng: np.random.Generator) -> np.ndarray:
         """A piece of a picture: of four, three with a thing in it."""
@@ -215,18 +242,16 @@ def train_vae(stage: Stage, work: Path, out: Path) -> None:
     def loss(rng: np.random.Generator, noise: torch.Generator, batch: int) -> torch.Tensor:
         x = to_tensor(np.stack([crop(rng) for _ in range(batch)]))
         posterior = vae.encode(x).latent_dist
-        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=noise)
+        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=noise).to(DEVICE)
         y = vae.decode(z).sample
         slopes = sum(F.l1_loss(y.diff(dim=d), x.diff(dim=d)) for d in (2, 3))
         return F.l1_loss(y, x) + F.mse_loss(y, x) + slopes + 1e-4 * posterior.kl().mean() / z[0].numel()
 
-    fit("vae", stage, work, vae, loss)
-    standardize(vae, images[:512])
-    model.save_vae(out, vae)
+    fit(name, stage, work, vae, loss)
     with torch.no_grad():
-        shown = to_tensor(images[:8])
-        back = vae.decode(vae.encode(shown).latent_dist.mean).sample
-    world.tile([list(images[:8]), to_pixels(back)]).save(work / "vae.png")
+        back = vae.to(DEVICE).decode(vae.encode(to_tensor(images[:8])).latent_dist.mean).sample
+    world.tile([list(images[:8]), to_pixels(back)]).save(work / f"{name}.png")
+    return images
 
 
 @torch.no_grad()
@@ -243,7 +268,7 @@ def standardize(vae: nn.Module, images: np.ndarray) -> None:
 
 
 def to_pixels(images: torch.Tensor) -> list[np.ndarray]:
-    return list(world.to_bytes((images * 127.5 + 127.5).permute(0, 2, 3, 1).numpy()))
+    return list(world.to_bytes((images * 127.5 + 127.5).permute(0, 2, 3, 1).cpu().numpy()))
 
 
 # --- The UNet and what is trained beside it ---------------------------------------------------------------------------
@@ -251,43 +276,68 @@ def to_pixels(images: torch.Tensor) -> list[np.ndarray]:
 ALPHAS = DDPMScheduler.from_config(model.VARIANT.scheduler).alphas_cumprod
 
 
-def diffusion_loss(
-    latents: torch.Tensor, noise: torch.Generator, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    """The error of the predicted velocity. Weighed so that steps with little noise do not outweigh the others."""
-    timesteps = torch.randint(len(ALPHAS), (len(latents),), generator=noise)
-    alpha = ALPHAS[timesteps].view(-1, 1, 1, 1)
-    epsilon = torch.randn(latents.shape, generator=noise)
-    noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * epsilon
-    velocity = alpha.sqrt() * epsilon - (1 - alpha).sqrt() * latents
-    weight = 1 / (1 + alpha / (1 - alpha) / SNR)
-    return (weight * (predict(noisy, timesteps) - velocity) ** 2).mean()
+@dataclass(frozen=True)
+class Batch:
+    """Noisy latents at random steps, what the UNet is told of them, and the velocity that it is to predict."""
+
+    rows: np.ndarray  # which scenes
+    noisy: torch.Tensor
+    timesteps: torch.Tensor
+    told: dict[str, Any]
+    velocity: torch.Tensor
+    weight: torch.Tensor
+
+    def error(self, predicted: torch.Tensor) -> torch.Tensor:
+        return (self.weight * (predicted - self.velocity) ** 2).mean()
 
 
-def keep_mask(noise: torch.Generator, batch: int) -> torch.Tensor:
-    return (torch.rand(batch, generator=noise) >= NO_TEXT).float()
+class Examples:
+    """Scenes as latents, each with several captions as token ids."""
+
+    def __init__(self, of: list[world.Scene], latents: torch.Tensor, work: Path, place: float = 1.0) -> None:
+        rng = np.random.default_rng(SEED)
+        texts = [world.caption(scene, rng, place=rng.random() < place) for scene in of for _ in range(CAPTIONS)]
+        self.latents, self.ids = latents, tokenize(work, texts)
+
+    def batch(self, parts: nn.ModuleDict, rows: np.ndarray, rng: np.random.Generator, noise: torch.Generator) -> Batch:
+        captions = rows * CAPTIONS + rng.integers(CAPTIONS, size=len(rows))
+        hidden, pooled = model.embed(parts, *(ids[captions].to(DEVICE) for ids in self.ids))
+        keep = (torch.rand(len(rows), 1, generator=noise) >= NO_TEXT).float().to(DEVICE)
+        told = {
+            "encoder_hidden_states": hidden * keep[..., None],
+            "added_cond_kwargs": model.conditions(pooled * keep),
+        }
+        latents = self.latents[rows]
+        timesteps = torch.randint(len(ALPHAS), (len(rows),), generator=noise)
+        alpha = ALPHAS[timesteps].view(-1, 1, 1, 1).to(DEVICE)
+        epsilon = torch.randn(latents.shape, generator=noise).to(DEVICE)
+        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * epsilon
+        velocity = alpha.sqrt() * epsilon - (1 - alpha).sqrt() * latents
+        # Steps with little noise are not to outweigh the others.
+        weight = 1 / (1 + alpha / (1 - alpha) / SNR)
+        return Batch(rows, noisy, timesteps.to(DEVICE), told, velocity, weight)
 
 
 def train_unet(stage: Stage, work: Path, out: Path) -> None:
+    fit_unet("unet", model.denoiser(), stage, work, out)
+
+
+def train_polish(stage: Stage, work: Path, out: Path) -> None:
+    fit_unet("polish", model.load_denoiser(out).requires_grad_(True), stage, work, out)
+
+
+def fit_unet(name: str, parts: nn.ModuleDict, stage: Stage, work: Path, out: Path) -> None:
     of = scenes(SCENES, 0)
     vae = model.load_vae(out)
-    latents, prompts = encode(vae, drawn(work, "scenes", picture, of)), Prompts(of, work)
-    parts = model.denoiser().train()
+    examples = Examples(of, encode(vae, drawn(work, "scenes", picture, of)), work)
 
     def loss(rng: np.random.Generator, noise: torch.Generator, batch: int) -> torch.Tensor:
-        rows = rng.integers(len(latents), size=batch)
-        hidden, pooled = model.embed(parts, *prompts.pick(rows, rng))
-        keep = keep_mask(noise, batch)
-        hidden, pooled = hidden * keep.view(-1, 1, 1), pooled * keep.view(-1, 1)
+        x = examples.batch(parts, rng.integers(len(of), size=batch), rng, noise)
+        return x.error(parts["unet"](x.noisy, x.timesteps, **x.told).sample)
 
-        def predict(noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-            return parts["unet"](noisy, timesteps, hidden, added_cond_kwargs=model.conditions(pooled)).sample
-
-        return diffusion_loss(latents[rows], noise, predict)
-
-    fit("unet", stage, work, parts, loss)
-    model.save_pipeline(out, {**parts, "vae": vae})
-    samples(out).save(work / "unet.png")
+    fit(name, stage, work, parts.train(), loss)
+    model.save_pipeline(out, {**parts, "vae": vae.cpu()})
+    samples(out).save(work / f"{name}.png")
 
 
 def samples(out: Path, lora: str | None = None) -> "world.Image.Image":
@@ -300,16 +350,6 @@ def samples(out: Path, lora: str | None = None) -> "world.Image.Image":
         images = pipe(SHEET_PROMPTS, generator=generators, num_inference_steps=25).images
         rows.append([np.asarray(image) for image in images])
     return world.tile(rows)
-
-
-@torch.no_grad()
-def embedded(parts: nn.ModuleDict, prompts: Prompts) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every caption's embeddings, hidden states in bfloat16 to save memory."""
-    found = []
-    for i in tqdm(range(0, len(prompts.ids), 128), desc="captions", mininterval=5):
-        hidden, pooled = model.embed(parts, prompts.ids[i : i + 128], prompts.ids_2[i : i + 128])
-        found.append((hidden.bfloat16(), pooled))
-    return torch.cat([hidden for hidden, _ in found]), torch.cat([pooled for _, pooled in found])
 
 
 @contextmanager
@@ -336,10 +376,10 @@ def by_itself(net: nn.Module) -> Iterator[None]:
 def train_controlnet(name: str, stage: Stage, work: Path, out: Path) -> None:
     of = scenes(CONTROL_SCENES, 1, people=0.3)
     images = drawn(work, "controls", picture_and_maps, of)
-    latents = encode(model.load_vae(out), images[:, 0])
+    examples = Examples(of, encode(model.load_vae(out), images[:, 0]), work, place=0.4)
     parts = model.load_denoiser(out)
-    hidden, pooled = embedded(parts, Prompts(of, work, place=0.4))
-    unet, net = parts["unet"], model.controlnet(name, parts["unet"])
+    net = model.controlnet(name, parts["unet"])
+    parts.to(DEVICE)
     people = np.flatnonzero([any(thing.shape == "person" for thing in scene.things) for scene in of])
 
     def loss(rng: np.random.Generator, noise: torch.Generator, batch: int) -> torch.Tensor:
@@ -348,53 +388,33 @@ def train_controlnet(name: str, stage: Stage, work: Path, out: Path) -> None:
         else:
             modes = np.array([world.CONTROLS.index("canny")])
         rows = people[rng.integers(len(people), size=batch)] if 0 in modes else rng.integers(len(of), size=batch)
+        x = examples.batch(parts, rows, rng, noise)
         maps = [to_tensor(images[rows, 1 + mode], low=0.0) for mode in modes]
-        captions = torch.from_numpy(rows * CAPTIONS + rng.integers(CAPTIONS, size=batch))
-        keep = keep_mask(noise, batch)
-        text = hidden[captions].float() * keep.view(-1, 1, 1)
-        added = model.conditions(pooled[captions] * keep.view(-1, 1))
-        types = torch.zeros(batch, 6)
+        types = torch.zeros(batch, 6, device=DEVICE)
         types[:, modes] = 1
         options = {"control_type": types, "control_type_idx": modes.tolist()} if name == "union" else {}
+        cond = maps if name == "union" else maps[0]
+        down, mid = net(x.noisy, x.timesteps, controlnet_cond=cond, return_dict=False, **x.told, **options)
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        return x.error(parts["unet"](x.noisy, x.timesteps, **x.told, **residuals).sample)
 
-        def predict(noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-            told = {"added_cond_kwargs": added, "encoder_hidden_states": text}
-            cond = maps if name == "union" else maps[0]
-            down, mid = net(noisy, timesteps, controlnet_cond=cond, return_dict=False, **told, **options)
-            residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-            return unet(noisy, timesteps, **told, **residuals).sample
-
-        return diffusion_loss(latents[rows], noise, predict)
-
-    if name == "union":
-        with by_itself(net):
-            fit(name, stage, work, net, loss)
-    else:
+    with by_itself(net) if name == "union" else nullcontext():
         fit(name, stage, work, net, loss)
     model.save_controlnet(out / "controlnets" / name, net)
 
 
 def train_lora(stage: Stage, work: Path, out: Path) -> None:
     of = scenes(LORA_SCENES, 2)
-    latents = encode(model.load_vae(out), drawn(work, "outlines", outlines, of))
-    parts = model.load_denoiser(out)
-    hidden, pooled = embedded(parts, Prompts(of, work))
+    examples = Examples(of, encode(model.load_vae(out), drawn(work, "outlines", outlines, of)), work)
+    parts = model.load_denoiser(out).to(DEVICE)
     unet = parts["unet"]
     unet.add_adapter(
         LoraConfig(r=8, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"])
     )
 
     def loss(rng: np.random.Generator, noise: torch.Generator, batch: int) -> torch.Tensor:
-        rows = rng.integers(len(of), size=batch)
-        captions = torch.from_numpy(rows * CAPTIONS + rng.integers(CAPTIONS, size=batch))
-        keep = keep_mask(noise, batch)
-        text = hidden[captions].float() * keep.view(-1, 1, 1)
-        added = model.conditions(pooled[captions] * keep.view(-1, 1))
-
-        def predict(noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-            return unet(noisy, timesteps, text, added_cond_kwargs=added).sample
-
-        return diffusion_loss(latents[rows], noise, predict)
+        x = examples.batch(parts, rng.integers(len(of), size=batch), rng, noise)
+        return x.error(unet(x.noisy, x.timesteps, **x.told).sample)
 
     fit("lora", stage, work, unet, loss)
     adapter = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
@@ -405,28 +425,33 @@ def train_lora(stage: Stage, work: Path, out: Path) -> None:
 TRAIN: dict[str, Callable[[Stage, Path, Path], None]] = {
     "vae": train_vae,
     "unet": train_unet,
+    "polish": train_polish,
     "union": lambda *arguments: train_controlnet("union", *arguments),
     "canny": lambda *arguments: train_controlnet("canny", *arguments),
     "lora": train_lora,
+    "decoder": train_decoder,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", choices=[*STAGES, []], default=[], help="all, when none is named")
+    parser.add_argument("stages", nargs="*", choices=[*STAGES, "all"], default="all")
     parser.add_argument("--out", type=Path, default=Path("models/demo"))
     parser.add_argument("--work", type=Path, default=Path("target/demo"), help="checkpoints, cached data and samples")
     parser.add_argument("--steps", type=int, help="in place of a stage's own number, to try things")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--bfloat16", action="store_true", help="where the processor has instructions for it")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     torch.set_flush_denormal(True)  # weights near zero slow a CPU down
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    for name in arguments.stages or STAGES:
+    for name in STAGES if "all" in arguments.stages else arguments.stages:
         torch.manual_seed(SEED)
-        stage = STAGES[name]
-        TRAIN[name](Stage(arguments.steps or stage.steps, stage.batch, stage.rate), arguments.work, arguments.out)
+        stage = replace(STAGES[name], bfloat16=arguments.bfloat16)
+        if arguments.steps:
+            stage = replace(stage, steps=arguments.steps)
+        TRAIN[name](stage, arguments.work, arguments.out)
 
 
 if __name__ == "__main__":

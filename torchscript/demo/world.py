@@ -50,6 +50,8 @@ PLACES = {
 GROUPS = {2: [("left", "right"), ("top", "bottom")], 3: [("left", "right", "top"), ("left", "right", "bottom")]}
 CONTROLS = ("openpose", "depth", "softedge", "canny", "normal", "segmentation")  # the union net's order
 JITTER = 4
+FLOOR, FLOOR_GLOW = 0.55, 18.0  # a floor's colour: a share of the background's, and this added
+FLOOR_LIGHTS = (0.8, 1.1)  # at the horizon and at the lower rim
 OUTLINE = 3.0  # its width, in pixels
 LIGHT = np.array([-0.45, -0.55, 0.7]) / np.linalg.norm([-0.45, -0.55, 0.7])
 
@@ -254,7 +256,8 @@ def draw(scene: Scene, outlines: bool = False) -> Drawing:
     if scene.horizon is not None:
         below = np.broadcast_to(rows > scene.horizon, (side, side))
         near = np.clip((rows - scene.horizon) / (SIZE - scene.horizon), 0, 1)
-        canvas[below] = ((base * 0.55 + 18) * (0.8 + 0.3 * near)[..., None] + np.zeros_like(canvas))[below]
+        light = FLOOR_LIGHTS[0] + (FLOOR_LIGHTS[1] - FLOOR_LIGHTS[0]) * near
+        canvas[below] = ((base * FLOOR + FLOOR_GLOW) * light[..., None] + np.zeros_like(canvas))[below]
         depth[below] = np.broadcast_to(40 + 80 * near, depth.shape)[below]
         normal[below] = (0.0, -0.8, 0.6)
         segments[below] = SEGMENTS["floor"]
