@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Packs a release for Linux: the two programs, graphs, the demo model, licences, bill of materials. libtorch is not in it.
+# Packs a release for Linux: the two programs, graphs, demo model, licences, bill of materials. libtorch is not in it.
 #
 #   .ci/dist.sh OUT [GRAPHS]    GRAPHS is a folder of graphs to take; without it those that ship are exported
 set -euo pipefail

@@ -88,7 +88,8 @@ def licences(linked: list[dict]) -> str:
     for package in linked:
         folder = Path(package["manifest_path"]).parent
         files = [*folder.glob("*"), *folder.glob("*/*")]
-        texts = {file.read_text(errors="replace").strip() for file in files if file.is_file() and TEXTS.fullmatch(file.name)}
+        files = [file for file in files if file.is_file() and TEXTS.fullmatch(file.name)]
+        texts = {file.read_text(errors="replace").strip() for file in files}
         name = f"{package['name']} {package['version']} ({package['license']})"
         for text in sorted(texts) or ["(no text in the crate)"]:
             holders.setdefault(text, []).append(name)

@@ -26,7 +26,8 @@ find_library() {
 }
 
 # What every Linux has (docker/system.sh sees to it), and what the driver brings.
-is_system() { [[ $1 =~ ^(ld-linux-x86-64|libc|libm|libdl|libpthread|librt|libutil|libstdc\+\+|libgcc_s|libz|libcuda)\.so ]]; }
+SYSTEM='^(ld-linux-x86-64|libc|libm|libdl|libpthread|librt|libutil|libstdc\+\+|libgcc_s|libz|libcuda)\.so'
+is_system() { [[ $1 =~ $SYSTEM ]]; }
 
 take() {
     local name=$1 library dependency

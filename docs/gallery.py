@@ -51,7 +51,7 @@ def run(*arguments: object) -> str:
 
 def paint(prompt: str, seed: int = 7, **fields: Any) -> Image.Image:
     request = SCRATCH / "request.json"
-    request.write_text(json.dumps({"prompt": prompt, "seed": seed, "num_inference_steps": 25} | fields))
+    request.write_text(json.dumps({"prompt": prompt, "seed": seed, "num_inference_steps": 25, "guidance_scale": 3.0} | fields))
     made = run(WORKER, "generate", "--quiet", "--device", "cpu", "--input", request, "--output", SCRATCH)
     return Image.open(made.strip()).convert("RGB")
 

@@ -103,11 +103,15 @@ pub struct DoctorArgs {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Engine options")]
 pub struct EngineArgs {
-    /// Model: a folder in the diffusers layout, or org/name[@revision] of the Hub [default: the project's models/demo]
-    #[arg(long, global = true, env = "MODEL_ID", value_name = "DIR|HUB_ID", alias = "sdxl_model_path")]
+    /// Model: a folder in the diffusers layout, a .safetensors file, or org/name[@revision][/file] of the Hub [default: the
+    /// project's models/demo]
+    #[arg(long, global = true, env = "MODEL_ID", value_name = "PATH|HUB_ID", alias = "sdxl_model_path")]
     pub model: Option<String>,
-    /// A VAE in place of the model's own: a folder, or a repository of the Hub
-    #[arg(long, global = true, env = "VAE_ID", value_name = "DIR|HUB_ID")]
+    /// Folder with configuration and tokenizers for a .safetensors file that is not of SDXL's published architectures
+    #[arg(long, global = true, env = "MODEL_CONFIG", value_name = "DIR")]
+    pub model_config: Option<PathBuf>,
+    /// A VAE in place of the model's own: a folder, a .safetensors file, or a repository of the Hub
+    #[arg(long, global = true, env = "VAE_ID", value_name = "PATH|HUB_ID")]
     pub vae: Option<String>,
     /// Folder of exported graphs with its manifest.json [default: the project's graphs]
     #[arg(long, global = true, env = "GRAPHS", value_name = "DIR")]

@@ -58,6 +58,7 @@ pub fn settings(arguments: &EngineArgs, devices: &[Device]) -> Result<Vec<Settin
     let settings = Settings {
         controlnets: controlnets(arguments, &model),
         model,
+        model_config: arguments.model_config.clone(),
         vae: arguments.vae.as_ref().map(PathBuf::from),
         graphs: graphs(arguments)?,
         aot: arguments.aot == cli::Aot::Auto,

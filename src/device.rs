@@ -64,7 +64,7 @@ fn obstacle_of(has_driver: bool, driver: Option<CudaVersion>, build: Option<Cuda
                     driver.0, driver.1, build.0, build.1
                 ),
                 format!(
-                    "a driver of the {release} series or newer, or a libtorch for CUDA {}; \
+                    "take a driver of the {release} series or newer, or a libtorch for CUDA {}; \
                      on RunPod, allow hosts of CUDA {}.0 and newer alone",
                     driver.0, build.0
                 ),

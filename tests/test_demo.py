@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "torchscript" / "demo"))
 import look  # noqa: E402
 import world  # noqa: E402
 
-STEPS = 25
+USUAL = {"num_inference_steps": 25, "guidance_scale": 3.0}  # as docs/demo.md has it
 BARS = {"color": 0.95, "background": 0.98, "position": 0.90, "size": 0.90, "shape": 0.85}
 OVERLAP = 0.7  # of intersection and union
 
@@ -37,7 +37,7 @@ def paint() -> Iterator[Paint]:
     with serving("--model", DEMO, "--graphs", GRAPHS) as (address, _):
 
         def one(prompt: str, seed: int, **fields: Any) -> np.ndarray:
-            reply = ask(address, {"prompt": prompt, "seed": seed, "num_inference_steps": STEPS} | fields)
+            reply = ask(address, {"prompt": prompt, "seed": seed} | USUAL | fields)
             return image_of(reply)
 
         yield one
@@ -91,7 +91,8 @@ def test_it_paints_what_the_prompt_says(paint, is_full):
 
 
 def test_it_paints_what_the_example_request_says(tmp_path):
-    (made,) = pictures(run("generate", "--model", DEMO, "--graphs", GRAPHS, "--input", ROOT / "test_input.json", "--output", "out", cwd=tmp_path), tmp_path)
+    options = ("--model", DEMO, "--graphs", GRAPHS, "--input", ROOT / "test_input.json")
+    (made,) = pictures(run("generate", *options, cwd=tmp_path), tmp_path)
     seen = look.look(np.asarray(Image.open(made)))
     assert (seen.size, seen.color, seen.shape, seen.background, seen.position) == ("large", "yellow", "star", "blue", "left")
 
@@ -158,7 +159,7 @@ def test_guidance_makes_it_follow_the_prompt(paint):
         shown = [paint(world.caption(scene), seed, guidance_scale=guidance_scale) for seed, scene in enumerate(scenes)]
         return mean(shares_seen(scenes, shown).values())
 
-    assert rightness(5) > rightness(1)
+    assert rightness(3) > rightness(1)
 
 
 # --- From a picture ---------------------------------------------------------------------------------------------------

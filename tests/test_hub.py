@@ -219,6 +219,19 @@ def test_vae_and_controlnets_come_from_the_hub_too(hub, model, test_models, tmp_
     assert lines[2].endswith(f"models--org--net/snapshots/{REVISION}/nets")
 
 
+def test_a_checkpoint_in_one_file_comes_from_the_hub(hub, test_models, tmp_path):
+    from test_single_file import in_one_file
+
+    file = in_one_file(test_models["default"], tmp_path / "one.safetensors")
+    hub.repositories["org/one"] = {"README.md": b"", "models/one.safetensors": file.read_bytes(), "models/two.safetensors": b"another"}
+    options = ("--model", "org/one/models/one.safetensors", "--model-config", test_models["default"], "--graphs", test_models["graphs"])
+    request = ("--prompt", "a fox", "--steps", "1", "--width", "64", "--height", "64")
+    pictures(run("generate", *request, *options, cwd=tmp_path, variables=at(hub, tmp_path / "cache")), tmp_path)
+    assert hub.fetched() == ["models/one.safetensors"]
+    error = error_of(fetch(hub, tmp_path / "cache", "--model", "org/one/models/three.safetensors"), 3, "model_not_found")
+    assert "three.safetensors" in error["message"]
+
+
 def test_several_pieces_come_side_by_side_and_make_the_file(hub, big, tmp_path):
     folder = snapshot(fetch(hub, tmp_path / "cache", "--vae", big, "--model", tmp_path))
     assert files_of(folder) == hub.repositories[big]

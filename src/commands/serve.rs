@@ -69,8 +69,9 @@ pub fn serve(arguments: &EngineArgs, options: &ServeArgs) -> Result<()> {
             None => None,
         };
         let address = api.local_addr().map_err(anyhow::Error::from)?;
-        eprintln!("listening on http://{address}");
+        // before anybody hears of us: as a container's first process, a signal that nobody waits for would be lost
         let signals = worker::signals().map_err(anyhow::Error::from)?;
+        eprintln!("listening on http://{address}");
         let (state, runner) = watch::channel(RunnerState::Loading);
         tokio::spawn(async move {
             state.send_replace(match load.await {

@@ -47,33 +47,33 @@ pub type Variant = Option<String>;
 /// In the order in which they are preferred.
 pub(super) struct Variants<'a>(pub(super) &'a [Variant]);
 
-/// Why a model cannot be put together.
+/// What keeps a model from being put together.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Incomplete {
+pub(super) enum Missing {
     /// The file that makes a repository a model of its kind.
-    NoConfiguration(&'static str),
+    Configuration(&'static str),
     /// The part, and whether it has weights in another format than safetensors.
-    NoWeights(String, bool),
-    NoFolder(String),
+    Weights(String, bool),
+    Folder(String),
 }
 
-impl Incomplete {
+impl Missing {
     pub(super) fn into_error(self, name: &str, what: What) -> Error {
         match self {
-            Incomplete::NoConfiguration(file) => {
+            Missing::Configuration(file) => {
                 let message = format!("{name} has no {file}, so it is no {} in the diffusers layout", what.folder());
                 Error::setup("unsupported_model", message)
                     .remedy("name a repository in the diffusers layout, or a folder of one in it: org/name/folder")
             }
-            Incomplete::NoWeights(part, true) => {
+            Missing::Weights(part, true) => {
                 Error::setup("weights_missing", format!("{name} has the weights of {part} as a pickle only"))
                     .remedy("name a repository or revision with safetensors files")
             }
-            Incomplete::NoWeights(part, false) => {
+            Missing::Weights(part, false) => {
                 Error::setup("weights_missing", format!("{name} has no weights of {part} in a variant that will do"))
                     .remedy("check --variant")
             }
-            Incomplete::NoFolder(part) => Error::setup(
+            Missing::Folder(part) => Error::setup(
                 "unsupported_model",
                 format!("{name} has no folder {part}, which its model_index.json names"),
             )
@@ -148,10 +148,10 @@ pub(super) fn choose(
     what: What,
     index: Option<&[u8]>,
     variants: Variants,
-) -> Result<Vec<String>, Incomplete> {
+) -> Result<Vec<String>, Missing> {
     let marker = if what == What::Pipeline { "model_index.json" } else { "config.json" };
     if !names.contains(marker) {
-        return Err(Incomplete::NoConfiguration(marker));
+        return Err(Missing::Configuration(marker));
     }
     let mut chosen = vec![marker.to_owned()];
     if what != What::Pipeline {
@@ -163,7 +163,7 @@ pub(super) fn choose(
     for part in MODELS.into_iter().filter(is_named) {
         let config = format!("{part}/config.json");
         if !names.contains(&config) {
-            return Err(Incomplete::NoFolder(part.into()));
+            return Err(Missing::Folder(part.into()));
         }
         chosen.push(config);
         chosen.extend(weights(names, part, variants.0)?);
@@ -176,13 +176,13 @@ pub(super) fn choose(
         let before = chosen.len();
         chosen.extend(texts.cloned());
         if chosen.len() == before {
-            return Err(Incomplete::NoFolder(part.into()));
+            return Err(Missing::Folder(part.into()));
         }
     }
     Ok(chosen)
 }
 
-fn weights(names: &BTreeSet<String>, part: &str, variants: &[Variant]) -> Result<Vec<String>, Incomplete> {
+fn weights(names: &BTreeSet<String>, part: &str, variants: &[Variant]) -> Result<Vec<String>, Missing> {
     let label = if part.is_empty() { "the model" } else { part };
     let path = |file: &str| if part.is_empty() { file.to_owned() } else { format!("{part}/{file}") };
     let variants: Vec<Option<&str>> = variants.iter().map(Option::as_deref).collect();
@@ -191,7 +191,7 @@ fn weights(names: &BTreeSet<String>, part: &str, variants: &[Variant]) -> Result
         let pickles = names
             .iter()
             .any(|name| name.strip_prefix(&path("")).is_some_and(|file| !file.contains('/') && file.ends_with(".bin")));
-        return Err(Incomplete::NoWeights(label.into(), pickles));
+        return Err(Missing::Weights(label.into(), pickles));
     };
     let mut files = vec![path(&file)];
     if file.ends_with(".json") {
@@ -202,7 +202,7 @@ fn weights(names: &BTreeSet<String>, part: &str, variants: &[Variant]) -> Result
             names.iter().filter(|name| is_shard(name, &path(stem), variant.copied())).cloned().collect();
         let count = shards.first().and_then(|name| name.split("-of-").nth(1)?.get(..5)?.parse().ok());
         if count != Some(shards.len()) {
-            return Err(Incomplete::NoWeights(label.into(), false));
+            return Err(Missing::Weights(label.into(), false));
         }
         files.extend(shards);
     }
@@ -282,15 +282,15 @@ mod tests {
     #[test]
     fn what_is_missing_is_named() {
         let choose = |list: &[&str], what| choose(&names(list), what, Some(INDEX), Variants(&[None]));
-        assert_eq!(choose(&["a.safetensors"], What::Pipeline), Err(Incomplete::NoConfiguration("model_index.json")));
-        assert_eq!(choose(&["README.md"], What::Vae), Err(Incomplete::NoConfiguration("config.json")));
+        assert_eq!(choose(&["a.safetensors"], What::Pipeline), Err(Missing::Configuration("model_index.json")));
+        assert_eq!(choose(&["README.md"], What::Vae), Err(Missing::Configuration("config.json")));
         let without = |gone: &str| PIPELINE.into_iter().filter(|name| !name.starts_with(gone)).collect::<Vec<_>>();
-        assert_eq!(choose(&without("vae/config"), What::Pipeline), Err(Incomplete::NoFolder("vae".into())));
-        assert_eq!(choose(&without("scheduler"), What::Pipeline), Err(Incomplete::NoFolder("scheduler".into())));
-        assert_eq!(choose(&without("vae/diff"), What::Pipeline), Err(Incomplete::NoWeights("vae".into(), false)));
+        assert_eq!(choose(&without("vae/config"), What::Pipeline), Err(Missing::Folder("vae".into())));
+        assert_eq!(choose(&without("scheduler"), What::Pipeline), Err(Missing::Folder("scheduler".into())));
+        assert_eq!(choose(&without("vae/diff"), What::Pipeline), Err(Missing::Weights("vae".into(), false)));
         assert_eq!(
             choose(&["config.json", "diffusion_pytorch_model.bin"], What::ControlNet),
-            Err(Incomplete::NoWeights("the model".into(), true))
+            Err(Missing::Weights("the model".into(), true))
         );
     }
 
@@ -307,6 +307,6 @@ mod tests {
         let chosen = choose(&names(&list), What::Vae, None, Variants(&fp16)).unwrap();
         assert_eq!(chosen[2..], list[1..3]);
         let gone = choose(&names(&[list[0], list[1], list[4]]), What::Vae, None, Variants(&fp16));
-        assert_eq!(gone, Err(Incomplete::NoWeights("the model".into(), false)));
+        assert_eq!(gone, Err(Missing::Weights("the model".into(), false)));
     }
 }

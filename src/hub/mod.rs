@@ -91,7 +91,7 @@ impl Source {
 /// What is looked for.
 #[derive(Debug, Clone)]
 pub struct Wanted {
-    /// A folder, or `org/name[@revision][/folder]`.
+    /// A folder or file, or `org/name[@revision][/folder or file]`.
     pub name: String,
     pub what: What,
     /// Which weight files will do, the best first.
@@ -164,7 +164,11 @@ impl Hub {
         let id = self.parse(wanted)?;
         let here = |(source, cache): &(Source, PathBuf)| {
             let snapshot = snapshot(cache, &id, *source == Source::RunPodCache)?;
-            files::is_whole(&snapshot, wanted.what, &wanted.variants).then(|| found(*source, snapshot))
+            let is_whole = match id.file.filter(|file| is_weights(file)) {
+                Some(_) => snapshot.is_file(),
+                None => files::is_whole(&snapshot, wanted.what, &wanted.variants),
+            };
+            is_whole.then(|| found(*source, snapshot))
         };
         Ok(self.settings.caches.iter().find_map(here))
     }
@@ -189,16 +193,24 @@ impl Hub {
                 .remedy(format!("unset HF_HUB_OFFLINE, run `sdxl-worker fetch`, or give {} a folder", wanted.option)));
         }
         let listing = self.listing(&id, wanted).await?;
-        let folder = id.file.map(|folder| format!("{folder}/")).unwrap_or_default();
+        let single = id.file.filter(|file| is_weights(file));
+        let folder = id.file.filter(|_| single.is_none()).map(|folder| format!("{folder}/")).unwrap_or_default();
         let names = listing.names_below(&folder);
         let index = match wanted.what {
-            What::Pipeline if names.contains("model_index.json") => {
+            What::Pipeline if single.is_none() && names.contains("model_index.json") => {
                 Some(self.small_file(&id, &listing.sha, &format!("{folder}model_index.json"), wanted).await?)
             }
             _ => None,
         };
-        let chosen = files::choose(&names, wanted.what, index.as_deref(), Variants(&wanted.variants))
-            .map_err(|error| error.into_error(&id.to_string(), wanted.what))?;
+        let chosen = match single {
+            Some(file) if names.contains(file) => vec![file.to_owned()],
+            Some(_) => {
+                let message = format!("the Hub has no {id}");
+                return Err(Error::setup(wanted.what.not_found(), message).remedy("check the file's name"));
+            }
+            None => files::choose(&names, wanted.what, index.as_deref(), Variants(&wanted.variants))
+                .map_err(|error| error.into_error(&id.to_string(), wanted.what))?,
+        };
         let cache = Cache::new(self.settings.download_to.clone());
         let repo = Repo::with_revision(id.repository.into(), RepoType::Model, id.revision.into());
         let transfer = transfer::Transfer {
@@ -211,7 +223,7 @@ impl Hub {
         let files = chosen.iter().map(|name| listing.file(&format!("{folder}{name}"))).collect();
         let downloaded = transfer.run(&self.downloader, files).await?;
         cache.repo(repo).create_ref(&listing.sha).map_err(transfer::unwritable)?;
-        let path = transfer.snapshot.join(folder.trim_end_matches('/'));
+        let path = id.file.map_or(transfer.snapshot.clone(), |file| transfer.snapshot.join(file));
         let name = wanted.name.clone();
         Ok(Delivered { name, path, source: Source::Download, time: started.elapsed(), downloaded })
     }
@@ -260,6 +272,11 @@ impl Hub {
     fn host(&self) -> &str {
         self.endpoint.split("://").last().unwrap_or(&self.endpoint)
     }
+}
+
+/// Whether a part of a repository is a file of weights, and not a folder.
+fn is_weights(name: &str) -> bool {
+    name.ends_with(".safetensors")
 }
 
 /// Where a cache has this revision. RunPod's may lack the revision's name; then its first snapshot is the model.

@@ -8,6 +8,7 @@ use super::GraphSet;
 use super::compiled::CompiledModule;
 use super::model_dir::read_json;
 use super::replay::ReplayedModule;
+use super::stock;
 use super::unet::{INPUTS, Residuals, UNetInputs};
 use crate::error::{Error, Result};
 use crate::torch::Module;
@@ -48,7 +49,13 @@ impl ControlNetConfig {
     /// # Errors
     /// `controlnet_not_found`, `unsupported_model`, and those of [`Checkpoint::open`].
     pub fn open(dir: &Path) -> Result<Self> {
-        let remedy = "give --controlnet NAME=DIR a ControlNet in the diffusers layout (config.json and safetensors)";
+        let remedy = "give --controlnet NAME=DIR a ControlNet in the diffusers layout (config.json and safetensors), or a .safetensors file";
+        if dir.is_file() {
+            let weights = Checkpoint::open("controlnet", dir, &[None])?;
+            let config: Value = serde_json::from_str(stock::controlnet(&weights)).expect("ours is JSON");
+            let num_control_type = config.get("num_control_type").and_then(Value::as_u64).map(|types| types as u32);
+            return Ok(ControlNetConfig { config, num_control_type });
+        }
         if !dir.is_dir() {
             let message = format!("there is no ControlNet folder {}", dir.display());
             return Err(Error::setup("controlnet_not_found", message).remedy(remedy));

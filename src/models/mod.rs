@@ -5,6 +5,7 @@ mod controlnet;
 mod graph_set;
 mod model_dir;
 mod replay;
+mod stock;
 mod text_encoder;
 mod unet;
 mod vae;

@@ -1,33 +1,69 @@
-//! A model in the diffusers layout: which component is in which folder, and its configuration.
+//! A model: which component is where, and its configuration. A folder in the diffusers layout, or a checkpoint in one file.
 
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::stock::{Marks, Stock};
 use crate::error::{Error, Result};
 use crate::schedulers::SchedulerConfig;
 
-/// A pipeline's folder with its `model_index.json`.
+/// A pipeline's folder with its `model_index.json`, or one file with all its weights.
 pub struct ModelDir {
     path: PathBuf,
+    configuration: Configuration,
     index: Value,
     /// A component from elsewhere.
     other: Option<(&'static str, PathBuf)>,
 }
 
-impl ModelDir {
-    pub fn open(path: &Path) -> Result<Self> {
-        if !path.is_dir() {
-            return Err(Error::setup("model_not_found", format!("there is no model folder {}", path.display()))
-                .remedy("give --model (or MODEL_ID) a folder in the diffusers layout"));
+/// Where configuration and vocabulary come from.
+enum Configuration {
+    Folder(PathBuf),
+    Stock(Stock, Marks),
+}
+
+impl Configuration {
+    fn text(&self, name: &str) -> Result<String> {
+        match self {
+            Configuration::Folder(folder) => read_text(&folder.join(name)),
+            Configuration::Stock(stock, _) => stock.text(name).map(str::to_owned).ok_or_else(|| {
+                Error::setup("model_invalid", format!("a checkpoint in one file has no {name}"))
+                    .remedy("give --model a folder in the diffusers layout")
+            }),
         }
-        let index = read_json(&path.join("model_index.json"))?;
+    }
+
+    fn json(&self, name: &str) -> Result<Value> {
+        match self {
+            Configuration::Folder(folder) => read_json(&folder.join(name)),
+            Configuration::Stock(..) => Ok(serde_json::from_str(&self.text(name)?).expect("ours is JSON")),
+        }
+    }
+}
+
+impl ModelDir {
+    /// `configuration` is the folder of a model that a checkpoint in one file is like, if not a published SDXL.
+    pub fn open(path: &Path, configuration: Option<&Path>) -> Result<Self> {
+        let configuration = match configuration {
+            Some(folder) if path.is_file() => Configuration::Folder(folder.to_owned()),
+            None if path.is_file() => {
+                let (stock, marks) = Stock::of(path)?;
+                Configuration::Stock(stock, marks)
+            }
+            _ if path.is_dir() => Configuration::Folder(path.to_owned()),
+            _ => {
+                return Err(Error::setup("model_not_found", format!("there is no model {}", path.display()))
+                    .remedy("give --model (or MODEL_ID) a folder in the diffusers layout, a .safetensors file, or org/name of the Hub"));
+            }
+        };
+        let index = configuration.json("model_index.json")?;
         let class = index.get("_class_name").and_then(Value::as_str).unwrap_or("no class");
         if !class.starts_with("StableDiffusionXL") {
             let message = format!("{} is a model of {class}", path.display());
             return Err(Error::setup("unsupported_model", message).remedy("give --model a Stable Diffusion XL model"));
         }
-        Ok(ModelDir { path: path.to_owned(), index, other: None })
+        Ok(ModelDir { path: path.to_owned(), configuration, index, other: None })
     }
 
     /// The same with a component from another folder.
@@ -42,7 +78,7 @@ impl ModelDir {
         let repository = folders.find(|name| name.starts_with("models--"));
         match repository.filter(|_| self.path.parent().is_some_and(|parent| parent.ends_with("snapshots"))) {
             Some(repository) => repository["models--".len()..].replacen("--", "/", 1),
-            None => folder.map_or_else(|| "model".into(), |name| name.into_owned()),
+            None => folder.map_or_else(|| "model".into(), |name| name.trim_end_matches(".safetensors").to_owned()),
         }
     }
 
@@ -50,10 +86,20 @@ impl ModelDir {
         &self.path
     }
 
+    /// Where its weights are: a folder, or a file.
     pub fn component(&self, name: &str) -> PathBuf {
         match &self.other {
             Some((other, folder)) if *other == name => folder.clone(),
+            _ if self.path.is_file() => self.path.clone(),
             _ => self.path.join(name),
+        }
+    }
+
+    /// The folder of a tokenizer; `None` means CLIP's own vocabulary.
+    pub fn tokenizer(&self, name: &str) -> Option<PathBuf> {
+        match &self.configuration {
+            Configuration::Folder(folder) => Some(folder.join(name)),
+            Configuration::Stock(..) => None,
         }
     }
 
@@ -69,12 +115,27 @@ impl ModelDir {
 
     /// `config.json` of a component.
     pub fn config(&self, component: &str) -> Result<Value> {
-        read_json(&self.component(component).join("config.json"))
+        match &self.other {
+            Some((other, folder)) if *other == component && folder.is_dir() => read_json(&folder.join("config.json")),
+            _ => self.configuration.json(&format!("{component}/config.json")),
+        }
     }
 
     pub fn scheduler_config(&self) -> Result<SchedulerConfig> {
-        let path = self.component("scheduler").join("scheduler_config.json");
-        SchedulerConfig::from_json(&read_text(&path)?).map_err(|e| {
+        let name = "scheduler/scheduler_config.json";
+        let mut text = self.configuration.text(name)?;
+        if let Configuration::Stock(_, marks) = &self.configuration {
+            let mut config = self.configuration.json(name)?;
+            if marks.v_prediction {
+                config["prediction_type"] = "v_prediction".into();
+            }
+            if marks.zero_terminal_snr {
+                config["rescale_betas_zero_snr"] = true.into();
+            }
+            text = config.to_string();
+        }
+        SchedulerConfig::from_json(&text).map_err(|e| {
+            let path = self.path.join(name);
             Error::setup("model_invalid", format!("{} cannot be read", path.display())).source(e).remedy(WHOLE_MODEL)
         })
     }

@@ -54,6 +54,8 @@ pub use tokenizer::{ClipTokenizer, TokenIds};
 #[derive(Debug, Clone)]
 pub struct Settings {
     pub model: PathBuf,
+    /// The folder of a model that a checkpoint in one file is like; `None` for the published SDXL.
+    pub model_config: Option<PathBuf>,
     /// In place of the model's own.
     pub vae: Option<PathBuf>,
     pub graphs: PathBuf,
@@ -92,7 +94,7 @@ pub struct Settings {
 
 impl Settings {
     fn open_model(&self) -> Result<ModelDir> {
-        let model = ModelDir::open(&self.model)?;
+        let model = ModelDir::open(&self.model, self.model_config.as_deref())?;
         Ok(match &self.vae {
             Some(vae) => model.with_component("vae", vae),
             None => model,

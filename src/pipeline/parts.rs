@@ -126,7 +126,7 @@ impl Refiners {
     /// A folder that is missing or holds something else is told now.
     pub(super) fn open(sources: &[ModelSource]) -> Result<Self> {
         for source in sources {
-            let path = ModelDir::open(&source.dir)?;
+            let path = ModelDir::open(&source.dir, None)?;
             if !path.requires_aesthetics_score() {
                 let message = format!("{} is no refiner (no requires_aesthetics_score)", source.dir.display());
                 return Err(Error::setup("unsupported_model", message).remedy("give --refiner an SDXL refiner"));
@@ -151,7 +151,7 @@ impl Refiners {
             .ok_or_else(|| Error::setup("refiner_not_available", format!("this worker has no refiner {name}")))?;
         self.loaded = None; // makes room
         let started = std::time::Instant::now();
-        let (model, graphs) = (ModelDir::open(&source.dir)?, settings.open_graphs()?);
+        let (model, graphs) = (ModelDir::open(&source.dir, None)?, settings.open_graphs()?);
         let (parts, _) = ModelParts::load(settings, &model, &graphs, false)?;
         let seconds = format!("{:.2}", started.elapsed().as_secs_f64());
         tracing::info!(name, seconds, "refiner loaded");
@@ -215,12 +215,16 @@ fn load_text_stage(
     let weights = weights(settings, model, component, settings.kind)?;
     let target = (settings.kind, settings.device);
     let config = model.config(component)?;
-    let folder = model.component(tokenizer);
-    let tokenizer = ClipTokenizer::load(&folder)?;
+    let folder = model.tokenizer(tokenizer);
+    let tokenizer = match &folder {
+        Some(folder) => ClipTokenizer::load(folder)?,
+        None => ClipTokenizer::clip(tokenizer)?,
+    };
     let (encoder, weights) = TextEncoder::load(component, graphs, &config, weights, model.path(), target)?;
     let (length, ids) = (tokenizer.max_length() as i64, tokenizer.vocab_size() as i64);
     if length != encoder.max_position_embeddings || ids > encoder.vocab_size {
-        let (path, takes, known) = (folder.display(), encoder.max_position_embeddings, encoder.vocab_size);
+        let path = folder.unwrap_or_default();
+        let (path, takes, known) = (path.display(), encoder.max_position_embeddings, encoder.vocab_size);
         let message = format!(
             "{path} gives {length} tokens with ids below {ids}, {component} takes {takes} with ids below {known}"
         );

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use serde_json::Value;
-use tokenizers::models::bpe::BPE;
+use serde_json::{Value, json};
+use tokenizers::models::bpe::{BPE, BpeBuilder, Vocab};
 use tokenizers::normalizers::{self, Lowercase, NFC, Replace};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence;
@@ -15,6 +15,9 @@ use crate::error::{Error, Result};
 
 /// How CLIP cuts a text into words before the byte pairs.
 const WORDS: &str = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
+
+/// Of CLIP, one a line after a comment; from OpenAI's `bpe_simple_vocab_16e6.txt` (MIT).
+const MERGES: &str = include_str!("../../torchscript/archs/sdxl/tokenizer/merges.txt");
 
 pub struct ClipTokenizer {
     tokenizer: Tokenizer,
@@ -49,20 +52,38 @@ impl ClipTokenizer {
         let config = read_optional_json(&dir.join("tokenizer_config.json"))?;
         let special = SpecialTokens::new(&config, &read_optional_json(&dir.join("special_tokens_map.json"))?);
         let whole = dir.join("tokenizer.json");
-        let mut tokenizer = if whole.is_file() {
+        let tokenizer = if whole.is_file() {
             Tokenizer::from_file(&whole).map_err(invalid)?
         } else {
-            from_vocab(dir, &special).map_err(invalid)?
+            let path = |name: &str| dir.join(name).to_string_lossy().into_owned();
+            from_vocab(BPE::from_file(&path("vocab.json"), &path("merges.txt")), &special).map_err(invalid)?
         };
+        Self::new(tokenizer, &config, &special).map_err(invalid)
+    }
 
+    /// The vocabulary of CLIP, for a checkpoint that comes without one: `tokenizer` or `tokenizer_2`, which pad differently.
+    pub fn clip(name: &str) -> Result<Self> {
+        let pad = if name == "tokenizer_2" { "!" } else { "<|endoftext|>" };
+        let token = |content: &str| json!({ "content": content, "normalized": true });
+        let map = json!({ "bos_token": token("<|startoftext|>"), "eos_token": token("<|endoftext|>"),
+            "unk_token": token("<|endoftext|>"), "pad_token": pad });
+        let special = SpecialTokens::new(&Value::Null, &map);
+        let merges: Vec<(String, String)> =
+            MERGES.lines().skip(1).filter_map(|line| line.split_once(' ')).map(|(a, b)| (a.into(), b.into())).collect();
+        let bpe = BPE::builder().vocab_and_merges(vocabulary(&merges), merges);
+        let new = || Self::new(from_vocab(bpe, &special)?, &Value::Null, &special);
+        new().map_err(|e| Error::from(anyhow::anyhow!(e).context("CLIP's vocabulary")))
+    }
+
+    fn new(mut tokenizer: Tokenizer, config: &Value, special: &SpecialTokens) -> tokenizers::Result<Self> {
         let max_length = config.get("model_max_length").and_then(Value::as_u64).unwrap_or(77) as usize;
         let id = |key: &str| {
             let id = tokenizer.token_to_id(&special.content(key));
-            id.map(i64::from).ok_or_else(|| invalid(format!("{key} is not in the vocabulary").into()))
+            id.map(i64::from).ok_or_else(|| format!("{key} is not in the vocabulary"))
         };
         let (bos, eos, pad) = (id("bos_token")?, id("eos_token")?, id("pad_token")?);
         // start, end, cut and padding are ours, whatever a tokenizer.json says of them
-        tokenizer.with_truncation(None).map_err(invalid)?.with_padding(None);
+        tokenizer.with_truncation(None)?.with_padding(None);
         Ok(ClipTokenizer { tokenizer, max_length, bos, eos, pad })
     }
 
@@ -142,9 +163,8 @@ impl ClipTokenizer {
 }
 
 /// The tokenizer that `transformers` 5 builds in `tokenization_clip.py`.
-fn from_vocab(dir: &Path, special: &SpecialTokens) -> tokenizers::Result<Tokenizer> {
-    let path = |name: &str| dir.join(name).to_string_lossy().into_owned();
-    let bpe = BPE::from_file(&path("vocab.json"), &path("merges.txt"))
+fn from_vocab(bpe: BpeBuilder, special: &SpecialTokens) -> tokenizers::Result<Tokenizer> {
+    let bpe = bpe
         .unk_token(special.content("unk_token"))
         .continuing_subword_prefix(String::new())
         .end_of_word_suffix("</w>".into())
@@ -169,6 +189,21 @@ fn from_vocab(dir: &Path, special: &SpecialTokens) -> tokenizers::Result<Tokeniz
     let processor = RobertaProcessing::new(with_id("eos_token")?, with_id("bos_token")?);
     tokenizer.with_post_processor(Some(processor.trim_offsets(false).add_prefix_space(false)));
     Ok(tokenizer)
+}
+
+/// CLIP's ids: the bytes, the bytes that end a word, what each merge makes, start and end.
+fn vocabulary(merges: &[(String, String)]) -> Vocab {
+    let is_printable = |byte: &u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
+    let others = (0..256).filter(|byte| !is_printable(byte)).count() as u32;
+    let symbols: Vec<String> = (0..256u32)
+        .filter(is_printable)
+        .chain(256..256 + others)
+        .map(|code| char::from_u32(code).expect("a character").to_string())
+        .collect();
+    let ends = symbols.iter().map(|symbol| format!("{symbol}</w>"));
+    let merged = merges.iter().map(|(a, b)| format!("{a}{b}"));
+    let special = ["<|startoftext|>", "<|endoftext|>"].map(str::to_owned);
+    symbols.clone().into_iter().chain(ends).chain(merged).chain(special).zip(0..).collect()
 }
 
 /// The tokens with a meaning of their own, which are found in a text before it is cut into words.

@@ -1,7 +1,7 @@
 //! The local HTTP API: RunPod's public endpoint API in front of one worker, so that its clients work unchanged.
 //!
 //! [`serve`] is the way in. A request goes through `access` (key, origin), its handler here, and `jobs` (queue and
-//! table); `wire` has the JSON. Nothing here logs an input or an output.
+//! table); `wire` has the JSON, and `page` what a browser gets at `/`. Nothing here logs an input or an output.
 
 mod access;
 mod attempts;

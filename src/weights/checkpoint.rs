@@ -24,12 +24,14 @@ struct Index {
 }
 
 impl Checkpoint {
-    /// Opens the weights of `component` (`unet`, `vae`, ...) in `dir`.
+    /// Opens the weights of `component` (`unet`, `vae`, ...) in `dir`, or in one file: that of the component alone, or a whole
+    /// checkpoint in the original layout.
     ///
     /// `variants` are tried in order (`None` is the plain name); the first that is there wins.
     pub fn open(component: &str, dir: &Path, variants: &[Option<&str>]) -> Result<Self> {
         let paths = find_files(dir, variants)?;
-        let files = paths.iter().map(|path| MappedFile::open(path)).collect::<Result<Vec<_>>>()?;
+        let files =
+            paths.iter().map(|path| Ok(MappedFile::open(path)?.of_component(component))).collect::<Result<Vec<_>>>()?;
         let mut tensors = HashMap::new();
         for (index, file) in files.iter().enumerate() {
             for name in file.names().filter(|name| !is_derived(name)) {
@@ -45,6 +47,12 @@ impl Checkpoint {
 
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
+    }
+
+    /// Whether a file in the original layout has an empty tensor of this name beside its parts, by which trainers say
+    /// what is special.
+    pub fn has_mark(&self, name: &str) -> bool {
+        self.files.iter().any(|file| file.marks().contains(name))
     }
 
     /// Of the tensor with this parameter name.
@@ -134,6 +142,9 @@ pub fn weight_files(variants: &[Option<&str>], exists: impl Fn(&str) -> bool) ->
 }
 
 fn find_files(dir: &Path, variants: &[Option<&str>]) -> Result<Vec<PathBuf>> {
+    if dir.is_file() {
+        return Ok(vec![dir.to_owned()]);
+    }
     match weight_files(variants, |name| dir.join(name).is_file()) {
         Ok(index) if index.ends_with(".json") => shards(dir, &dir.join(index)),
         Ok(single) => Ok(vec![dir.join(single)]),

@@ -5,6 +5,7 @@ mod fused;
 mod home;
 mod restore;
 mod safetensors;
+mod single_file;
 mod upload;
 
 use std::collections::{BTreeMap, HashMap};

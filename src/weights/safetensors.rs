@@ -1,12 +1,13 @@
 //! One mapped `.safetensors` file.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ::safetensors::{Dtype, SafeTensors};
 use tch::{Device, Kind, Tensor};
 
+use super::single_file;
 use crate::error::{Error, Result};
 use crate::torch::Mapping;
 
@@ -17,12 +18,43 @@ pub(crate) struct MappedFile {
     data_start: usize,
     entries: HashMap<String, Entry>,
     notes: HashMap<String, String>,
+    /// Names of tensors in the original layout that are no component's.
+    marks: BTreeSet<String>,
 }
 
-struct Entry {
+/// One tensor of the file, or a part of one.
+pub(super) struct Entry {
     kind: Kind,
     shape: Vec<i64>,
     start: usize,
+    /// Rows and columns are exchanged: `shape` is the other way round than the file's.
+    is_transposed: bool,
+}
+
+impl Entry {
+    pub(super) fn rank(&self) -> usize {
+        self.shape.len()
+    }
+
+    /// A share of the rows, of so many equal ones.
+    pub(super) fn rows(&self, share: usize, of: usize) -> Entry {
+        let mut shape = self.shape.clone();
+        if let Some(rows) = shape.first_mut() {
+            *rows /= of as i64;
+        }
+        let bytes = shape.iter().product::<i64>() as usize * self.kind.elt_size_in_bytes();
+        Entry { start: self.start + share * bytes, shape, ..*self }
+    }
+
+    /// Rows and columns alone.
+    pub(super) fn flattened(self) -> Entry {
+        let columns = self.shape[1..].iter().product();
+        Entry { shape: vec![self.shape[0], columns], ..self }
+    }
+
+    pub(super) fn transposed(self) -> Entry {
+        Entry { shape: self.shape.iter().rev().copied().collect(), is_transposed: !self.is_transposed, ..self }
+    }
 }
 
 impl MappedFile {
@@ -53,14 +85,27 @@ impl MappedFile {
             let kind = kind_of(info.dtype).ok_or_else(|| damaged(format!("{name} has dtype {:?}", info.dtype)))?;
             let shape = info.shape.iter().map(|&n| n as i64).collect();
             end = end.max(info.data_offsets.1);
-            entries.insert(name, Entry { kind, shape, start: info.data_offsets.0 });
+            entries.insert(name, Entry { kind, shape, start: info.data_offsets.0, is_transposed: false });
         }
         let length = mapping.bytes().len();
         if length != data_start + end {
             return Err(damaged(format!("{length} bytes long, but its header describes {}", data_start + end)));
         }
         let notes = metadata.metadata().clone().unwrap_or_default();
-        Ok(MappedFile { path: path.to_owned(), mapping, data_start, entries, notes })
+        Ok(MappedFile { path: path.to_owned(), mapping, data_start, entries, notes, marks: BTreeSet::new() })
+    }
+
+    /// The tensors of one component under diffusers' names, where the file is in the original layout.
+    pub(super) fn of_component(mut self, component: &str) -> Self {
+        if single_file::is_original(self.names()) {
+            self.marks = self.names().filter(|name| !name.contains('.')).map(str::to_owned).collect();
+            self.entries = single_file::component(component, self.entries);
+        }
+        self
+    }
+
+    pub(super) fn marks(&self) -> &BTreeSet<String> {
+        &self.marks
     }
 
     /// The header's `__metadata__`.
@@ -100,8 +145,17 @@ impl MappedFile {
     /// The tensor as stored; on the CPU, over the mapping.
     pub(crate) fn tensor(&self, name: &str) -> Result<Tensor> {
         let entry = &self.entries[name];
-        let tensor = self.mapping.tensor(self.data_start + entry.start, &entry.shape, entry.kind);
-        Ok(tensor.map_err(|e| e.context(format!("reading {name} of {}", self.path.display())))?)
+        let stored: Vec<i64> = match entry.is_transposed {
+            true => entry.shape.iter().rev().copied().collect(),
+            false => entry.shape.clone(),
+        };
+        let tensor = self.mapping.tensor(self.data_start + entry.start, &stored, entry.kind);
+        let tensor = tensor.map_err(|e| e.context(format!("reading {name} of {}", self.path.display())))?;
+        match entry.is_transposed {
+            // a copy, so that kernels find it as they find every other
+            true => Ok(tensor.f_transpose(0, 1).and_then(|t| t.f_contiguous()).map_err(anyhow::Error::from)?),
+            false => Ok(tensor),
+        }
     }
 }
 

@@ -256,6 +256,7 @@ def test_the_page_fits_on_a_phone(opens, demo):
         page.locator("summary", has_text=section).tap()
     person.presses("Add a LoRA")
     person.sees_all_of_it()
+    page.get_by_role("group", name="LoRA 1").get_by_role("button", name="Remove").tap()
     person.field("Prompt").fill(PROMPT)
     page.locator("#steps").fill("3")
     page.locator("#generate").tap()

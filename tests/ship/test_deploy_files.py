@@ -88,7 +88,8 @@ def test_the_manifests_fit_the_schemas_of_kubernetes(tmp_path):
 @pytest.mark.parametrize("kind", KEDA)
 def test_the_manifests_fit_the_schemas_of_keda(kind):
     document = of_kind(kind)
-    whole = closed({"apiVersion": {"const": "keda.sh/v1alpha1"}, "kind": TEXT, "metadata": METADATA, "spec": KEDA[kind]})
+    version = {"const": "keda.sh/v1alpha1"}
+    whole = closed({"apiVersion": version, "kind": TEXT, "metadata": METADATA, "spec": KEDA[kind]})
     jsonschema.validate(document, whole)
 
 
@@ -142,7 +143,9 @@ def test_ready_is_a_worker_that_takes_jobs(status, expected):
             [ROOT / "docker/ready.sh"], env={"PATH": os.environ["PATH"], "PORT": str(server.getsockname()[1])}
         )
         connection, _ = server.accept()
-        asked = connection.recv(1000).decode()
+        asked = ""
+        while not asked.endswith("\r\n\r\n"):  # the shell sends it line by line
+            asked += connection.recv(1000).decode()
         connection.sendall(f"HTTP/1.0 {status}\r\n\r\n".encode())
         connection.close()
         assert process.wait(10) == expected and asked.startswith("GET /ping HTTP/1.0\r\n")

@@ -1,8 +1,8 @@
-"""The images, without Docker: the Dockerfile is linted, what the programs link is looked at, and the Dockerfile's scripts
-run in a clean root until the worker there makes the picture of test_input.json.
+"""The images, without Docker: the Dockerfile is linted, what the programs link is looked at, and the Dockerfile's
+scripts run in a clean root until the worker there makes the picture of test_input.json.
 
-The clean root is a Debian with nothing but its essential packages. CUDA's base images have no more that matters here; the
-libtorch is this machine's. With --full the programs are compiled in there, and all graphs exported.
+The clean root is a Debian with nothing but its essential packages. CUDA's base images have no more that matters here;
+the libtorch is this machine's. With --full the programs are compiled in there, and all graphs exported.
 """
 
 import base64
@@ -31,7 +31,8 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text()
 
 # What the programs may link: libtorch, which in turn links CUDA, and what every Linux has. So one binary runs with the
 # libtorch of any CUDA.
-LINKED = re.compile(r"(libtorch|libc10)\w*\.so|(ld-linux-x86-64|libc|libm|libgcc_s|libstdc\+\+|libdl|libpthread|librt)\.so\.\d")
+SYSTEM = "ld-linux-x86-64|libc|libm|libgcc_s|libstdc\\+\\+|libdl|libpthread|librt"
+LINKED = re.compile(rf"(libtorch|libc10)\w*\.so|({SYSTEM})\.so\.\d")
 
 
 def call(*command: object, **options) -> str:
@@ -127,12 +128,17 @@ def root(worker, is_full, tmp_path_factory) -> Root:
 
 
 def build(root: Path) -> None:
-    """As the build stage, with Debian's Python and this machine's Rust, which the Dockerfile takes from an image too."""
+    """As the build stage, with Debian's Python and this machine's Rust; the Dockerfile's is from an image."""
     home = Path.home()
     tools = {home / ".cargo": "/usr/local/cargo", home / ".rustup": "/usr/local/rustup"}
     binds = [f"{source}:{target}" for source, target in tools.items() if source.is_dir()]
-    rust = ["CARGO_HOME=/usr/local/cargo", "RUSTUP_HOME=/usr/local/rustup"]
-    rust += ["PATH=/usr/local/cargo/bin:/usr/local/bin:/usr/bin:/bin"]
+    variables = ["CARGO_HOME=/usr/local/cargo", "RUSTUP_HOME=/usr/local/rustup"]
+    variables += ["PATH=/usr/local/cargo/bin:/usr/local/bin:/usr/bin:/bin"]
+    # a machine behind a proxy trusts more than Debian does
+    bundle = Path("/etc/ssl/certs/ca-certificates.crt")
+    if bundle.exists():
+        shutil.copy(bundle, root / "etc/trusted.crt")
+        variables += [f"{name}=/etc/trusted.crt" for name in ("SSL_CERT_FILE", "PIP_CERT", "CARGO_HTTP_CAINFO")]
     tracked = call("git", "ls-files", "--cached", "--others", "--exclude-standard").splitlines()
     for name in filter(lambda name: (ROOT / name).is_file(), tracked):
         (root / "src" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +149,7 @@ def build(root: Path) -> None:
         ["/src/docker/build.sh", "/app"],
     ]
     for step in steps:
-        call(IN_ROOT, root, *binds, "--", *rust, *step)
+        call(IN_ROOT, root, *binds, "--", *variables, *step)
 
 
 def check_picture(reply: dict) -> None:

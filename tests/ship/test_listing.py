@@ -1,5 +1,5 @@
-"""The listing in RunPod's Hub: its files have the fields that the Hub knows, name settings that the program has, and its
-tests pass on the worker, asked as the Hub asks."""
+"""The listing in RunPod's Hub: its files have the fields that the Hub knows and name settings that the program has, and
+its tests pass on the worker, asked as the Hub asks."""
 
 import json
 import os
@@ -170,7 +170,7 @@ def test_the_cuda_versions_are_those_that_run_the_default_image():
 
 @pytest.fixture(scope="module")
 def outcomes(worker, tmp_path_factory) -> dict[str, dict]:
-    """The results of the listing's tests. The Hub gives no address for pings and streams, and its jobs have no policy."""
+    """The results of the listing's tests. The Hub gives no address for pings and streams."""
     folder = tmp_path_factory.mktemp("hub")
     host = FakeHost([{"id": str(number), "input": test["input"]} for number, test in enumerate(TESTS["tests"])])
     given = host.variables()

@@ -120,9 +120,9 @@ def mixed_precision() -> Iterator[None]:
     """Convolutions and products in bfloat16, if asked for. A CPU's attention is faster in float32."""
     attention = F.scaled_dot_product_attention
 
-    def in_float32(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
+    def in_float32(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
         with torch.autocast(DEVICE.type, enabled=False):
-            return attention(query.float(), key.float(), value.float(), **options)
+            return attention(query.float(), key.float(), value.float(), *rest, **named)
 
     if DEVICE.type == "cpu":
         F.scaled_dot_product_attention = in_float32
