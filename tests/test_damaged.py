@@ -417,8 +417,8 @@ REQUESTS = {
     "an empty prompt": ({"prompt": "  \n"}, "empty_prompt", "prompt", "describe"),
     "an unknown field": ({"promt": "x"}, "unknown_field", "promt", "`prompt`"),
     "a picture that is none": ({"image": "data:image/png;base64,AAAA", "strength": 1}, "image_format", "image", "PNG"),
-    "a control without a net": (
-        {"controlnets": [{"image": "x"}]},
+    "a control with a net that is not there": (
+        {"controlnets": [{"image": "x", "model": "x"}]},
         "controlnet_not_available",
         "controlnets[0].model",
         "--controlnet",

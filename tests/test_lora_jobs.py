@@ -216,8 +216,8 @@ def test_the_command_line_takes_any_file_and_the_picture_remembers_it(test_model
     result = run("generate", *fixed, "--lora", f"{path}:0.5", "--output", tmp_path / "b", cwd=tmp_path)
     (picture,) = pictures(result, tmp_path)
     assert picture.read_bytes() != plain
-    again = run("generate", "--from", picture, "--output", tmp_path / "c", cwd=tmp_path)
+    again = run("generate", *files, "--from", picture, "--output", tmp_path / "c", cwd=tmp_path)
     assert pictures(again, tmp_path)[0].read_bytes() == picture.read_bytes()
     lora(tmp_path, "mine", 5)  # another file under that name is not what made the picture
-    error = error_of(run("generate", "--from", picture, "--output", tmp_path / "d", cwd=tmp_path), 2, "lora_changed")
+    error = error_of(run("generate", *files, "--from", picture, "--output", tmp_path / "d", cwd=tmp_path), 2, "lora_changed")
     assert error["field"] == "loras[0].path" and files_in(tmp_path / "d") == []

@@ -136,9 +136,10 @@ def test_what_compel_cannot_do_is_told_by_field(tmp_path: Path):
         assert error_of(result, 2, code)["field"] == "negative_prompt"
 
 
-def test_weights_are_written_into_the_picture_s_parameters(tmp_path: Path):
+def test_weights_are_written_into_the_picture_s_parameters(tmp_path: Path, test_models):
+    files = ("--model", test_models["default"], "--graphs", test_models["graphs"])
     fields = SMALL | {"prompt": "a (fox:1.4)", "prompt_weighting": "a1111", "textual_inversions": [inversion(tmp_path)]}
-    first = run("generate", "--input", "-", cwd=tmp_path, stdin=json.dumps(fields))
+    first = run("generate", *files, "--input", "-", cwd=tmp_path, stdin=json.dumps(fields))
     (picture,) = pictures(first, tmp_path)
-    again = run("generate", "--from", picture, cwd=tmp_path)
+    again = run("generate", *files, "--from", picture, cwd=tmp_path)
     assert picture.read_bytes() == pictures(again, tmp_path)[0].read_bytes()

@@ -35,6 +35,7 @@ import world
 
 SEED = 7
 SCENES = 12_000  # for the VAE and the UNet
+MODES = [2 / 7] + [1 / 7] * 5  # how often the union net sees each: openpose, the hardest, most
 CONTROL_SCENES = 3_000  # with maps
 LORA_SCENES = 1_500
 CAPTIONS = 4  # different ones of each scene
@@ -69,7 +70,7 @@ STAGES = {
     "vae": Stage(8_000, 8, 2e-3),
     "unet": Stage(12_000, 16, 1e-3),
     "polish": Stage(5_000, 32, 8e-4),
-    "union": Stage(4_000, 16, 1e-3),
+    "union": Stage(7_000, 16, 1e-3),
     "canny": Stage(2_000, 16, 1e-3),
     "lora": Stage(800, 16, 2e-3),
     "decoder": Stage(3_000, 8, 5e-4),
@@ -384,7 +385,7 @@ def train_controlnet(name: str, stage: Stage, work: Path, out: Path) -> None:
 
     def loss(rng: np.random.Generator, noise: torch.Generator, batch: int) -> torch.Tensor:
         if name == "union":
-            modes = rng.choice(6, size=2 if rng.random() < 0.25 else 1, replace=False)
+            modes = rng.choice(6, size=2 if rng.random() < 0.25 else 1, replace=False, p=MODES)
         else:
             modes = np.array([world.CONTROLS.index("canny")])
         rows = people[rng.integers(len(people), size=batch)] if 0 in modes else rng.integers(len(of), size=batch)
